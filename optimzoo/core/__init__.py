@@ -1,0 +1,10 @@
+"""Everything that an optimizer file must not contain: the step loop, options, routing, precision, checkpoints."""
+
+from optimzoo.core.adamw import AdamW
+from optimzoo.core.hyper import hyper
+from optimzoo.core.matrix import MatrixOptimizer
+from optimzoo.core.optimizer import ZooOptimizer
+from optimzoo.core.routing import Route, param_groups
+from optimzoo.core.slots import Slot
+
+__all__ = ["AdamW", "MatrixOptimizer", "Route", "Slot", "ZooOptimizer", "hyper", "param_groups"]

@@ -1,0 +1,187 @@
+"""How the step of one parameter is executed: gradient in, slots open, rule, slots closed, weight changed.
+
+Three ways, chosen per parameter:
+
+* a rule's own in-place `update` on lists of tensors, where dtypes allow it: no workspace;
+* element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
+* everything else one matrix at a time.
+"""
+
+import functools
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimzoo.core.apply import CHUNK, apply_update, flat
+from optimzoo.core.routing import Route, as_matrix, from_matrix
+from optimzoo.core.storage import close_slot, compute_dtype, on_host, open_slot
+from optimzoo.functional.random import fold
+
+State = dict[str, Tensor]
+Extras = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A parameter, its name and where it goes."""
+
+    p: Tensor
+    name: str
+    route: Route
+
+
+@functools.cache
+def keywords(rule_function: Callable) -> frozenset[str]:
+    """The slots (and `step`, `seed`) that a rule's function asks for: its keyword-only arguments."""
+    parameters = inspect.signature(rule_function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def gradient(p: Tensor, name: str) -> Tensor:
+    """The parameter's gradient, refused by name when no rule could use it."""
+    g = p.grad
+    assert g is not None
+    if p.device.type == "meta":
+        raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
+    if g.layout is not torch.strided:
+        raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
+    if g.is_complex():
+        raise RuntimeError(f"the gradient of {name!r} is complex; optimize torch.view_as_real of it instead")
+    return g
+
+
+def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
+    """Whether this gradient may be used: a bool on the host, a 0-dim boolean tensor where asking would synchronise.
+
+    The sum of squares is the one pass that costs least; it also refuses finite gradients whose squares overflow, which
+    would leave an infinity in every second moment.
+    """
+    host = on_host(g)
+    if host and g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
+        size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
+    else:
+        size = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
+    if size is None:
+        return True
+    if host:
+        value = size.item()
+        finite = not check or math.isfinite(value)
+        return finite and not (rule.skips_zero and value == 0 and not bool(g.any()))
+    ok = torch.isfinite(size) if check else torch.ones_like(size, dtype=torch.bool)
+    return ok & g.any() if rule.skips_zero else ok
+
+
+def run(
+    members: Iterable[Member], states: dict[Tensor, State], lr: float | Tensor, count: int, extras: Extras
+) -> tuple[list[str], list[tuple[str, Tensor]]]:
+    """Step every member. Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
+
+    `count` is the number of steps that the group has completed.
+    """
+    skipped: list[str] = []
+    unknown: list[tuple[str, Tensor]] = []
+    lists: dict[tuple, list[tuple[Member, Tensor, State]]] = defaultdict(list)
+    for member in members:
+        g = gradient(member.p, member.name)
+        ok = admit(g, member.route.rule, member.route.h.check_finite)
+        if ok is False:
+            skipped.append(member.name)
+            continue
+        if isinstance(ok, Tensor):
+            unknown.append((member.name, ok))
+        state = states[member.p]
+        rate = lr * member.route.lr_scale
+        if not _in_place(member, g, state):
+            _step_one(member, g, state, rate, count, None if ok is True else ok, extras(member.p))
+        elif ok is True:
+            key = (member.route.rule, member.route.h, member.route.lr_scale, member.p.dtype, member.p.device)
+            lists[key].append((member, g, state))
+        else:
+            _step_list([(member, g, state)], rate, ok)
+    for batch in lists.values():
+        _step_list(batch, lr * batch[0][0].route.lr_scale, None)
+    return skipped, unknown
+
+
+def _in_place(member: Member, g: Tensor, state: State) -> bool:
+    """Whether the rule's list form can take this parameter: one dtype throughout, one memory layout."""
+    p = member.p
+    if member.route.rule.update is None or g.dtype != p.dtype or not (p.is_contiguous() and g.is_contiguous()):
+        return False
+    return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
+
+
+def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, ok: Tensor | None) -> None:
+    rule, h = batch[0][0].route.rule, batch[0][0].route.h
+    slots: dict[str, list[Tensor]] = {name: [state[name] for _, _, state in batch] for name in batch[0][2]}
+    for counter in slots.get("step", ()):
+        counter.add_(1 if ok is None else ok)
+    found_inf = None if ok is None else (~ok).to(torch.float32)
+    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots)
+
+
+def _step_one(
+    member: Member, g: Tensor, state: State, lr: float | Tensor, count: int, ok: Tensor | None, extras: State
+) -> None:
+    p, rule, h = member.p, member.route.rule, member.route.h
+    before = {} if ok is None else {name: t.clone() for name, t in state.items() if name != "step"}
+    if "step" in state:
+        state["step"].add_(1 if ok is None else ok)
+    seed = fold(getattr(h, "seed", 0), member.name, count)
+    lines = _lines(p, g, state) if rule.elementwise else None
+    if lines is None:
+        w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
+        u = _direction(member, matrix, w, state, count, seed, extras)
+        apply_update(p, from_matrix(u, p, member.route.layout), lr, h.weight_decay, ok, rule.decay_after)
+    else:
+        for start in range(0, p.numel(), CHUNK):
+            w, piece, *rest = (line[start : start + CHUNK] for line in lines)
+            slots = dict(zip(_slot_names(state), rest, strict=True)) | {k: t for k, t in state.items() if k == "step"}
+            u = _direction(member, piece, w, slots, count, seed + start, extras)
+            apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after)
+    if ok is not None:
+        for name, old in before.items():
+            state[name].copy_(torch.where(ok, state[name], old))
+
+
+def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, seed: int, extras: State) -> Tensor:
+    """One call of the rule on one matrix, or on one piece of an element-wise parameter."""
+    rule, h, dtype = member.route.rule, member.route.h, compute_dtype(w.dtype)
+    g = g.to(dtype)
+    if h.maximize:
+        g = -g
+    slots = {name: open_slot(state[name], dtype) for name in _slot_names(state)}
+    given: dict[str, Any] = slots | extras | {"seed": seed}
+    if rule.refresh is not None and rule.due(count, h):
+        given["step"] = state.get("step")
+        rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh)})
+    given["step"] = _count(state)
+    u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction)})
+    for index, (name, opened) in enumerate(slots.items()):
+        close_slot(state[name], opened, fold(seed, index))
+    return u
+
+
+def _slot_names(state: State) -> list[str]:
+    return [name for name in state if name != "step"]
+
+
+def _count(state: State) -> float | Tensor:
+    """The parameter's step: a number on the host, elsewhere a 0-dim float64 (a power of 0.999 needs its digits)."""
+    if "step" not in state:
+        return 0
+    counter = state["step"]
+    return counter.item() if on_host(counter) else counter.to(torch.float64)
+
+
+def _lines(p: Tensor, g: Tensor, state: State) -> list[Tensor] | None:
+    """Weight, gradient and slots as lines of memory of one length, or None where some are laid out differently."""
+    lines = [flat(t) for t in (p, g, *(state[name] for name in _slot_names(state)))]
+    whole = [line for line in lines if line is not None and line.numel() == p.numel()]
+    return whole if len(whole) == len(lines) and p.numel() > CHUNK else None

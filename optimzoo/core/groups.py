@@ -1,0 +1,72 @@
+"""What a user hands over -> parameter groups; what no rule can take is refused here, by name."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimzoo.core.routing import clean_name, param_groups
+
+# What a group may hold beside options: torch's and schedulers' bookkeeping, and the routing flags.
+GROUP_KEYS = frozenset(
+    {"params", "param_names", "name", "fallback", "layout", "by_type", "step"}
+    | {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+)
+
+
+def as_groups(params: Any, owner: str) -> list[dict[str, Any]]:
+    """A module, tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
+    if isinstance(params, nn.Module):
+        groups = param_groups(params)
+        if not groups:
+            raise ValueError(f"{owner} got a module without trainable parameters; check requires_grad")
+        return [named(group) for group in groups]
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(f"{owner} takes a module, an iterable of parameters or groups, not {type(params).__name__}")
+    items = list(params)
+    if not items:
+        raise ValueError(f"{owner} got no parameters; an iterator such as model.parameters() can be used only once")
+    groups = items if isinstance(items[0], dict) else [{"params": items}]
+    return [named(group) for group in groups]
+
+
+def named(group: Any) -> dict[str, Any]:
+    """A copy of the group with `params` as tensors and, where (name, tensor) pairs were given, `param_names`."""
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError("a parameter group is a dictionary with the key 'params'")
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    if params and all(isinstance(item, tuple) for item in params):
+        return {**group, "params": [p for _, p in params], "param_names": [name for name, _ in params]}
+    return {**group, "params": params}
+
+
+def names_of(groups: list[dict[str, Any]], index: int) -> list[str]:
+    """Names for messages, seeds and the ledger; the position over all groups where none were given."""
+    group = groups[index]
+    if "param_names" in group:
+        return [clean_name(name) for name in group["param_names"]]
+    before = sum(len(other["params"]) for other in groups[:index])
+    return [str(before + i) for i in range(len(group["params"]))]
+
+
+def refuse(p: Tensor, name: str, owner: str) -> None:
+    """A parameter that no rule can take is refused at construction."""
+    if p.is_complex():
+        raise TypeError(f"{owner}: parameter {name!r} is complex; optimize torch.view_as_real of it instead")
+    if not p.is_floating_point():
+        raise TypeError(f"{owner}: parameter {name!r} is {p.dtype}; only floating-point parameters can be optimized")
+    if type(p).__name__ == "DTensor" or p.layout is not torch.strided:
+        kind = type(p).__name__ if p.layout is torch.strided else str(p.layout)
+        raise TypeError(f"{owner}: parameter {name!r} is {kind}, which is not supported; use plain dense parameters")
+
+
+class Routes(list):
+    """Rows of (name, shape, rule, reason, bytes of state) that print as a table."""
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "rule", "bytes", "because")]
+        for name, shape, rule, why, held in self:
+            rows.append((name, "x".join(map(str, shape)) or "-", rule, f"{held:,}", why))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4])) for row in rows)

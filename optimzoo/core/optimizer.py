@@ -1,0 +1,285 @@
+"""ZooOptimizer: the one step loop, and the order of everything around a rule.
+
+An optimizer of the zoo is a class with options (`hyper`) and a rule: the static functions `slots`, `direction` and,
+where needed, `refresh` with `due`, or `update`. What a rule promises:
+
+1. `slots(shape, h)` is pure and depends on the shape and the options only.
+2. `direction` and `refresh` change their slots in place and never rebind them.
+3. `g` and `w` are read-only (`g` may be `p.grad` itself); what `direction` returns is a tensor of its own.
+4. No tensor is read on the host. `step` may only meet `+ - * / **`.
+5. The direction comes before the learning rate and without weight decay; the engine applies both.
+
+In return it sees plain tensors of at least float32, matrices as (out, in), and never a missing, sparse or non-finite
+gradient.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimzoo.core import checkpoint
+from optimzoo.core.engine import Member, run
+from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, names_of, refuse
+from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
+from optimzoo.core.routing import Route, matrix_shape
+from optimzoo.core.slots import Slot
+from optimzoo.core.storage import STATE_DTYPES, fill_slot, new_slot, on_host, slot_dtype
+from optimzoo.functional.random import fold
+from optimzoo.memory import Ledger, StepMemory, ledger
+
+
+class ZooOptimizer(torch.optim.Optimizer):
+    """Base of all optimizers here; use a subclass. The module's text says what a rule promises and gets."""
+
+    lr: float = hyper(1e-3, ge=0, doc="step size")
+    weight_decay: float = hyper(0.0, ge=0, doc="decoupled decay, multiplied by lr")
+    maximize: bool = hyper(False, doc="ascend instead of descend")
+    state_dtype: str | None = hyper(
+        None,
+        one_of=tuple(STATE_DTYPES),
+        parse=dtype_name,
+        doc="how averages are kept; None is float32, or the weight's own dtype when wider",
+    )
+    check_finite: bool = hyper(True, doc="leave weights and state alone where a gradient holds NaN or infinity")
+
+    paper: ClassVar[str] = ""
+    workspace: ClassVar[float] = 1.0  # temporaries of a step, as a multiple of the largest parameter in float32
+    needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
+    elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
+    skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
+    decay_after: ClassVar[bool] = False  # decay the stepped weight, not the weight before the step
+    options: ClassVar[dict[str, Hyper]] = {}
+    Options: ClassVar[Any] = None  # the named tuple that rules get as `h`: all options but lr
+
+    slots: ClassVar[Any]  # (shape, h) -> name -> Slot
+    direction: ClassVar[Callable[..., Tensor]]
+    refresh: ClassVar[Callable[..., None] | None] = None
+    update: ClassVar[Callable[..., None] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.options = options_of(cls)
+        cls.Options = options_type(f"{cls.__name__}Options", cls.options)
+        cls.__signature__ = signature(cls.options)  # type: ignore[attr-defined]  # read by inspect and notebooks
+
+    def __init__(self, params: Any, lr: float | Tensor | None = None, **options: Any) -> None:
+        given = self.checked(options if lr is None else {"lr": lr, **options})
+        self.memory_history: collections.deque[StepMemory] = collections.deque(maxlen=10_000)
+        self._skips: collections.Counter[str] = collections.Counter()
+        self._device_skips: dict[str, Tensor] = {}
+        self._plans: dict[int, tuple[Any, list[Member]]] = {}
+        self._state_bytes = 0
+        groups = as_groups(params, type(self).__name__)
+        self.inspect_groups(groups)
+        super().__init__(groups, {name: option.default for name, option in self.options.items()} | given)
+        self._remember()
+
+    # What a method may override beside its rule.
+
+    @staticmethod
+    def due(count: int, h: Any) -> bool:
+        """Whether `refresh` runs in the step after `count` completed ones."""
+        return False
+
+    def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
+        """Where a parameter goes. Asked at construction and whenever options, members or `period` change."""
+        return Route(type(self), h)
+
+    def period(self, group: dict[str, Any]) -> int:
+        """A number that changes when a choice over the whole group is due: new routes, and slots that start afresh."""
+        return 0
+
+    def extras(self, p: Tensor) -> dict[str, Tensor]:
+        """Tensors beside its slots that the rule asks for by keyword, such as the indices of a sparse layer."""
+        return {}
+
+    def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Look at the groups once, before they are taken: refuse or warn."""
+
+    def finish(self) -> None:
+        """Called after all parameters have stepped; for methods that work on their layers between steps."""
+
+    # What users call.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's value, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._remember()
+            for index, group in enumerate(self.param_groups):
+                members = [member for member in self._plans[index][1] if member.p.grad is not None]
+                lr = group["lr"]
+                if isinstance(lr, Tensor) and on_host(lr):
+                    lr = lr.item()
+                self._note(*run(members, self.state, lr, group["step"], self.extras))
+                group["step"] += 1
+            self.finish()
+        done = max(group["step"] for group in self.param_groups)
+        self.memory_history.append(StepMemory(done, self._state_bytes))
+        return loss
+
+    def memory(self) -> Ledger:
+        """Every byte held here, by parameter, group, kind, dtype and device; true before the first step."""
+        self._remember()
+        members = [member for _, plan in self._plans.values() for member in plan]
+        names = {member.p: member.name for member in members}
+        kinds = {(m.p, key): slot.kind for m in members for key, slot in _specs(m).items()}
+        return ledger(self, names=names, kinds=kinds)
+
+    def routes(self) -> Routes:
+        """Which parameter goes where, why, and what it costs; printable."""
+        self._remember()
+        rows = Routes()
+        for _, members in self._plans.values():
+            for m in members:
+                held = sum(t.untyped_storage().nbytes() for t in self.state[m.p].values())
+                rows.append((m.name, tuple(m.p.shape), m.route.rule.__name__.lower(), m.route.reason, held))
+        return rows
+
+    def skipped(self) -> dict[str, int]:
+        """Parameter name -> how many steps left it alone because of its gradient."""
+        counts = self._skips + collections.Counter({name: int(count) for name, count in self._device_skips.items()})
+        return dict(counts)
+
+    def forget(self, p: Tensor) -> None:
+        """Put one parameter's slots back to how they started."""
+        member = next((m for _, plan in self._plans.values() for m in plan if m.p is p), None)
+        if member is None:
+            raise ValueError(f"{type(self).__name__} does not optimize this tensor of shape {tuple(p.shape)}")
+        for key, slot in _specs(member).items():
+            fill_slot(slot, self.state[p][key], fold(0, member.name, key))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; the dictionary given is left as it was."""
+        group = named_options(type(self), param_group)
+        super().add_param_group(group)
+        for p, name in zip(group["params"], names_of(self.param_groups, len(self.param_groups) - 1), strict=True):
+            refuse(p, name, type(self).__name__)
+        if self._plans:
+            self._remember()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state as plain tensors and numbers, with an entry for every trainable parameter."""
+        self._remember()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over groups and state. All is checked before anything is written; dtypes stay this optimizer's own."""
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        checkpoint.load(self, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @classmethod
+    def checked(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options as they are stored; an unknown or impossible one is refused by name."""
+        for name in options:
+            if name not in cls.options:
+                raise TypeError(f"{cls.__name__} has no option {name!r}{nearest(name, cls.options)}")
+        return {name: cls.options[name].check(cls.__name__, name, value) for name, value in options.items()}
+
+    @classmethod
+    def hypers(cls, group: dict[str, Any], **instead: Any) -> Any:
+        """This rule's options out of a group: what rules call `h`. `instead` replaces some of them."""
+        found = {name: group.get(name, option.default) for name, option in cls.options.items() if name != "lr"}
+        return cls.Options(**(found | instead))
+
+    # Members, routes and slots.
+
+    def members(self, index: int) -> list[Member]:
+        """The trainable parameters of a group with their routes, as options and period stand now."""
+        group = self.param_groups[index]
+        h, names = self.hypers(group), names_of(self.param_groups, index)
+        pairs = [(p, name) for p, name in zip(group["params"], names, strict=True) if p.requires_grad]
+        return [Member(p, name, self.route(p, name, group, h)) for p, name in pairs]
+
+    def relink(self) -> None:
+        """Ask for every route again and make slots fit, keeping those that do."""
+        self._plans.clear()
+        self._remember()
+
+    def _remember(self) -> None:
+        """Give every trainable parameter its slots, drop those of parameters in no group; idempotent, at every step."""
+        changed = False
+        for index, group in enumerate(self.param_groups):
+            token = (
+                tuple(group[name] for name in self.options if name != "lr"),
+                tuple((id(p), p.dtype, p.device, p.shape) for p in group["params"] if p.requires_grad),
+                self.period(group),
+            )
+            known = self._plans.get(index)
+            if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
+                continue
+            members = self.members(index)
+            for member in members:
+                self._fit(member, group, fresh=known is not None and known[0][2] != token[2])
+            self._plans[index] = (token, members)
+            changed = True
+        if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Drop what belongs to nobody and count what is held, so that a step need not walk."""
+        owned = {member.p for _, plan in self._plans.values() for member in plan}
+        for p in [p for p in self.state if p not in owned]:
+            del self.state[p]
+        self._state_bytes = sum(t.untyped_storage().nbytes() for slots in self.state.values() for t in slots.values())
+        self._state_bytes += sum(count.nbytes for count in self._device_skips.values())
+
+    def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
+        """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
+        p, chosen, have = member.p, group["state_dtype"], self.state.get(member.p, {})
+        slots: dict[str, Tensor] = {}
+        for key, slot in _specs(member).items():
+            old, dtype = None if fresh else have.get(key), slot_dtype(slot, p.dtype, chosen)
+            if old is not None and (old.shape, old.dtype, old.device) == (slot.shape, dtype, p.device):
+                slots[key] = old
+                continue
+            if old is not None and old.shape != slot.shape and group["step"] > 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {key!r} of {member.name!r} would change from {tuple(old.shape)} to "
+                    f"{slot.shape} after the first step; make a new optimizer for other shapes or ranks"
+                )
+            slots[key] = new_slot(slot, p, chosen, fold(0, member.name, key))
+            if old is not None and old.shape == slot.shape and old.device.type != "meta":
+                slots[key].copy_(old)
+        self.state[p] = slots
+        if p.device.type != "cpu":  # counted on the device, where asking would synchronise
+            self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
+
+    def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
+        self._skips.update(names)
+        for name, ok in unknown:
+            if name in self._device_skips:  # a fake step on the CPU has nothing to count
+                self._device_skips[name].add_(~ok)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps three attributes; ours would be lost by copy and pickle without this.
+        self._remember()
+        kept = ("memory_history", "_skips", "_device_skips", "_state_bytes")
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept} | {"_plans": {}}
+
+
+ZooOptimizer.options = options_of(ZooOptimizer)  # `__init_subclass__` sees subclasses only
+
+
+def _specs(member: Member) -> dict[str, Slot]:
+    return member.route.rule.slots(matrix_shape(member.p, member.route.layout), member.route.h)
+
+
+def named_options(cls: type[ZooOptimizer], param_group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a user's group with its options checked; an unknown key is refused with the nearest known one."""
+    for key in param_group:
+        if key not in cls.options and key not in GROUP_KEYS:
+            known = [*cls.options, "params", "name", "fallback"]
+            raise TypeError(f"{cls.__name__} groups have no option {key!r}{nearest(key, known)}")
+    own = cls.checked({key: value for key, value in param_group.items() if key in cls.options})
+    return {"step": 0, **param_group, **own}

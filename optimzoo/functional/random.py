@@ -1,0 +1,60 @@
+"""Random numbers that depend on their arguments alone: the same on every rank, after a resume, under `torch.compile`.
+
+Nothing here reads or moves a global generator. Host-side choices (which columns, which block) take a private
+`generator`; draws inside a compiled or fake step take `uniform`, an integer hash of (seed, position).
+"""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+def fold(seed: int, *parts: int | str) -> int:
+    """Mix `seed` with numbers and names into one non-negative 63-bit seed.
+
+    Strings enter by CRC-32, never by `hash()`, which differs from process to process.
+    """
+    state = _scramble(seed & _MASK64)
+    for part in parts:
+        state = _scramble(state ^ (zlib.crc32(part.encode()) if isinstance(part, str) else part & _MASK64))
+    return state >> 1
+
+
+def _scramble(x: int) -> int:
+    """The splitmix64 finaliser: a bijection of 64-bit numbers in which every input bit moves every output bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A private CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def hash32(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(n,) int64 holding independent-looking 32-bit unsigned numbers of (seed, position).
+
+    `seed` may be a 0-dim int64 tensor, so that a compiled step does not recompile when it changes.
+    """
+    x = torch.arange(n, dtype=torch.int64, device=device)
+    low = (seed & 0xFFFFFFFF) if isinstance(seed, int) else seed.bitwise_and(0xFFFFFFFF)
+    high = (seed >> 32) & 0x7FFFFFFF if isinstance(seed, int) else seed.bitwise_right_shift(32).bitwise_and(0x7FFFFFFF)
+    x = _mix32(x.bitwise_xor_(low))
+    return _mix32(x.bitwise_xor_(high))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A 32-bit finaliser in 64-bit integers, in place: the multipliers stay below 2^31, so no product overflows."""
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(0xFFFFFFFF)
+    x.bitwise_xor_(x >> 15).mul_(0x2C1B3C6D).bitwise_and_(0xFFFFFFFF)
+    return x.bitwise_xor_(x >> 16)
+
+
+def uniform(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(n,) float32 in [0, 1), a function of (seed, position) alone."""
+    return (hash32(n, seed, device) >> 8).to(torch.float32).mul_(2.0**-24)

@@ -1,0 +1,52 @@
+"""Leading subspaces of a matrix: found once, then followed by power iteration."""
+
+import torch
+from torch import Tensor
+
+from optimzoo.functional.random import generator
+
+EXACT_SIDE = 256
+"""Up to this many columns an exact decomposition is cheap; above, a sketch finds the subspace."""
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """(n, r) -> (n, r): an orthonormal basis of the columns' span; x may be rank-deficient."""
+    return torch.linalg.qr(x).Q
+
+
+def random_basis_(basis: Tensor, seed: int) -> None:
+    """Fill (n, r) with orthonormal columns that depend on the seed alone, drawn on the host for all devices alike."""
+    basis.copy_(orthonormal(torch.randn(basis.shape, generator=generator(seed), dtype=torch.float64)))
+
+
+def leading_basis(g: Tensor, rank: int, seed: int) -> Tensor:
+    """(m, n) -> (n, rank): orthonormal, the leading right singular vectors of g in descending order.
+
+    Exact for n <= `EXACT_SIDE`. Above, two passes of block power iteration from a seeded Gaussian with eight spare
+    columns (Halko, Martinsson and Tropp 2011, arXiv:0909.4061), which needs products with g only.
+    """
+    n = g.shape[1]
+    if n <= EXACT_SIDE:
+        return torch.linalg.eigh(g.mT @ g).eigenvectors[:, -rank:].flip(1).contiguous()
+    sketch = torch.randn(n, min(rank + 8, n), generator=generator(seed)).to(g)
+    for _ in range(2):
+        sketch = orthonormal(g.mT @ (g @ sketch))
+    image = g @ sketch
+    vectors = torch.linalg.eigh(image.mT @ image).eigenvectors[:, -rank:].flip(1)
+    return sketch @ vectors
+
+
+def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
+    """One power iteration on H = decay * U S U^T + (1 - decay) g^T g, of which only U and S are kept.
+
+    g (m, n), basis U (n, r) and gram S (r, r), both changed in place; returns g U for the new U, (m, r).
+
+        U <- QR(H U)        S <- U^T H U, symmetrised
+    """
+    turned = orthonormal((basis @ gram).mul_(decay).addmm_(g.mT, g @ basis, alpha=1 - decay))
+    turn = basis.mT @ turned
+    basis.copy_(turned)
+    image = g @ basis
+    projected = (turn.mT @ gram @ turn).mul_(decay).addmm_(image.mT, image, alpha=1 - decay)
+    gram.copy_(projected).add_(projected.mT).mul_(0.5)
+    return image

@@ -1,0 +1,8 @@
+"""Bytes: what stays, what comes and goes, what would be needed. Works on any torch optimizer or module."""
+
+from optimzoo.memory.history import History, StepMemory, track
+from optimzoo.memory.ledger import KINDS, Entry, Ledger, ledger
+from optimzoo.memory.reach import plain_tensors
+from optimzoo.memory.workspace import Workspace
+
+__all__ = ["KINDS", "Entry", "History", "Ledger", "StepMemory", "Workspace", "ledger", "plain_tensors", "track"]

@@ -1,0 +1,1 @@
+"""One algorithm, one file: its options, its slots, its direction."""

@@ -1,0 +1,102 @@
+"""COSMOS: SOAP in the leading eigenspace of the gradient, Muon in the rest.
+
+Liu, Zhang, Li and others, "COSMOS: A Hybrid Adaptive Optimizer for Memory-Efficient Training of LLMs", 2025,
+arXiv:2502.17410, with the momentum of the authors' later code.
+
+    M <- b1 M + G                                                  all gradients so far, (m, n)
+    U, S follow the top-r eigenspace of the average of G^T G       (n, r), (r, r)
+    V <- b2 V + (1 - b2) (G U)^2                                   (m, r)
+    D  = (G + b1 M) / (sum of its weights)                         M / (sum of its weights) without nesterov
+    A  = [D U / (sqrt(V / (1 - b2^t)) + eps)] U^T
+    B  = polar factor of D - D U U^T, scaled to RMS 1
+    u  = (A + gamma B), scaled to RMS lr_ratio
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimzoo.core import MatrixOptimizer, Slot, hyper
+from optimzoo.functional.polar import newton_schulz
+from optimzoo.functional.subspace import follow, leading_basis, random_basis_
+
+NULL_ENERGY = 1e-10  # float32's noise squared: a column of U with less of the largest energy holds only rounding
+
+
+class COSMOS(MatrixOptimizer):
+    """Muon's state plus thin factors: 4 (mn + r (m + n) + r^2) bytes for a matrix in float32.
+
+    The RMS of a matrix step is lr * lr_ratio whatever the gradient's size, so a parameter whose gradient is exactly
+    zero is left alone altogether (momentum would go on moving it at full speed). `rank` is cut to the matrix's smaller
+    side. Weight decay is multiplied by lr, not by lr * lr_ratio.
+    """
+
+    lr: float = hyper(2e-3, ge=0, doc="step size; a matrix moves by lr * lr_ratio (RMS), the rest like AdamW at lr")
+    weight_decay: float = hyper(0.1, ge=0, doc="decoupled decay, multiplied by lr")
+    betas: tuple[float, float] = hyper((0.95, 0.95), ge=0, lt=1, doc="decay of the momentum and of U, S, V")
+    eps: float = hyper(1e-8, ge=0, doc="added to the root of V and to the norms")
+    rank: int = hyper(64, ge=1, doc="columns of the basis U")
+    gamma: float = hyper(0.2, ge=0, doc="weight of the Muon part beside the SOAP part")
+    lr_ratio: float = hyper(0.2, ge=0, doc="RMS of a matrix step as a multiple of lr")
+    nesterov: bool = hyper(True, doc="look ahead by the current gradient")
+
+    paper = "Liu et al. 2025, arXiv:2502.17410"
+    workspace = 4.0
+    skips_zero = True
+
+    @staticmethod
+    def slots(shape: tuple[int, ...], h: Any) -> dict[str, Slot]:
+        m, n = shape
+        r = min(h.rank, m, n)
+        return {
+            "momentum": Slot((m, n), "first moment"),
+            "basis": Slot((n, r), "basis", fill=random_basis_),
+            "gram": Slot((r, r), "gram"),
+            "exp_avg_sq": Slot((m, r), "second moment"),
+            "step": Slot((), "counter", torch.float32),
+        }
+
+    @staticmethod
+    def due(count: int, h: Any) -> bool:
+        return count == 0
+
+    @staticmethod
+    def refresh(g: Tensor, w: Tensor, h: Any, *, basis: Tensor, seed: int) -> None:
+        basis.copy_(leading_basis(g, basis.shape[1], seed))
+
+    @staticmethod
+    def direction(
+        g: Tensor,
+        w: Tensor,
+        h: Any,
+        *,
+        momentum: Tensor,
+        basis: Tensor,
+        gram: Tensor,
+        exp_avg_sq: Tensor,
+        step: float | Tensor,
+    ) -> Tensor:
+        rms_to_norm = math.sqrt(g.numel())
+        momentum.mul_(h.betas[0]).add_(g)
+        weights = (1 - h.betas[0] ** step) / (1 - h.betas[0])
+        if h.nesterov:
+            d = torch.add(g, momentum, alpha=h.betas[0]).div_(1 + h.betas[0] * weights)
+        else:
+            d = momentum / weights
+
+        image = follow(g, basis, gram, h.betas[1])
+        exp_avg_sq.mul_(h.betas[1]).addcmul_(image, image, value=1 - h.betas[1])
+        low = d @ basis
+        adam = low / (exp_avg_sq.sqrt().div_((1 - h.betas[1] ** step) ** 0.5).add_(h.eps))
+        energy = gram.diagonal()
+        adam = torch.where(energy > NULL_ENERGY * energy.max(), adam, 0)
+
+        if basis.shape[1] == g.shape[1]:  # outside the basis is only rounding, which the polar factor would blow up
+            u = torch.mm(adam, basis.mT, out=d)
+        else:
+            muon = newton_schulz(d.addmm_(low, basis.mT, alpha=-1))
+            norm = torch.linalg.vector_norm(muon, dtype=d.dtype)
+            u = d.copy_(muon).mul_(h.gamma * rms_to_norm / (norm + h.eps)).addmm_(adam, basis.mT)
+        return u.mul_(h.lr_ratio * rms_to_norm / (torch.linalg.vector_norm(u) + h.eps))

@@ -1,0 +1,83 @@
+"""Tiny problems and awkward shapes, shared by the contract over the whole registry."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from optimzoo.core import ZooOptimizer
+from optimzoo.registry import optimizers
+
+PLAIN = {name: cls for name, cls in optimizers().items() if not cls.needs_model}
+SHORT = {"update_gap": 3}  # options that make schedules turn within a few steps, where a class has them
+
+
+def short_options(cls: type[ZooOptimizer]) -> dict:
+    return {name: value for name, value in SHORT.items() if name in cls.options}
+
+
+class Tiny(nn.Module):
+    """An embedding, three hidden matrices (square, tall, wide), norms, biases and a head: every role once."""
+
+    def __init__(self, width: int = 16, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        of = {"dtype": dtype}  # fake parameters cannot be converted later
+        self.embed = nn.Embedding(11, width, **of)
+        self.square = nn.Linear(width, width, **of)
+        self.tall = nn.Linear(width, 2 * width, bias=False, **of)
+        self.norm = nn.LayerNorm(2 * width, **of)
+        self.wide = nn.Linear(2 * width, width, **of)
+        self.head = nn.Linear(width, 11, bias=False, **of)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + torch.tanh(self.square(x))
+        return self.head(x + self.wide(torch.tanh(self.norm(self.tall(x)))))
+
+
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 16) -> Tiny:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Tiny(width, dtype)
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Tensor:
+    """Cross entropy of predicting the next of a few tokens that depend on the step alone."""
+    tokens = torch.randint(0, 11, (4, 9), generator=torch.Generator().manual_seed(step % 4))
+    logits = model(tokens[:, :-1]).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), (tokens[:, :-1] * 3 + 1).flatten() % 11)
+
+
+def train(model: nn.Module, opt: torch.optim.Optimizer, first: int, last: int) -> float:
+    """Steps first..last-1 of the standard loop; the last loss."""
+    loss = torch.zeros(())
+    for step in range(first, last):
+        loss = loss_of(model, step)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return loss.item()
+
+
+def give_gradients(params: Iterator[Tensor] | list[Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def bare() -> Iterator[None]:
+    """Bare tensors as matrices on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pass the model, or groups")
+        yield

@@ -1,0 +1,18 @@
+"""One thread a test, so that two workers share two cores; nothing is ever downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _global_rng_is_the_callers():
+    """No test, and so no optimizer under test, may depend on what ran before it."""
+    torch.manual_seed(0)
