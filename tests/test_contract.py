@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from cases import PLAIN, bare, give_gradients, loss_of, same, short_options, tiny, train, weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimzoo.core import engine, optimizer, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.memory import KINDS, Workspace
+from tests.cases import PLAIN, bare, give_gradients, loss_of, same, short_options, tiny, train, weights
 
 every = pytest.mark.parametrize("cls", PLAIN.values(), ids=PLAIN.keys())
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
