@@ -31,6 +31,7 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
             group |= _accepted(optimizer, loaded, [saved.get(i, {}) for i in loaded["params"]])
         members = [m for index in range(len(before)) for m in optimizer.members(index)]
         values = {m.p: _fitting(optimizer, m, saved.get(ids[m.p], {})) for m in members}
+        optimizer.admit_state(values)
     except Exception:
         for group, old in zip(optimizer.param_groups, before, strict=True):
             group.clear()

@@ -161,7 +161,7 @@ def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, s
     if rule.refresh is not None and rule.due(count, h):
         given["step"] = state.get("step")
         rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh)})
-    given["step"] = _count(state)
+    given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction)})
     for index, (name, opened) in enumerate(slots.items()):
         close_slot(state[name], opened, fold(seed, index))
@@ -172,10 +172,13 @@ def _slot_names(state: State) -> list[str]:
     return [name for name in state if name != "step"]
 
 
-def _count(state: State) -> float | Tensor:
-    """The parameter's step: a number on the host, elsewhere a 0-dim float64 (a power of 0.999 needs its digits)."""
+def _step_number(state: State, count: int) -> float | Tensor:
+    """The number of this step, from 1: the parameter's own where its rule counts, else the group's.
+
+    A number on the host, elsewhere a 0-dim float64: a power of 0.999 needs its digits.
+    """
     if "step" not in state:
-        return 0
+        return float(count + 1)
     counter = state["step"]
     return counter.item() if on_host(counter) else counter.to(torch.float64)
 

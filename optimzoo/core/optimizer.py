@@ -28,7 +28,7 @@ from optimzoo.core.routing import Route, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import STATE_DTYPES, fill_slot, new_slot, on_host, slot_dtype
 from optimzoo.functional.random import fold
-from optimzoo.memory import Ledger, StepMemory, ledger
+from optimzoo.memory import History, Ledger, StepMemory, ledger
 
 
 class ZooOptimizer(torch.optim.Optimizer):
@@ -67,7 +67,7 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, **options: Any) -> None:
         given = self.checked(options if lr is None else {"lr": lr, **options})
-        self.memory_history: collections.deque[StepMemory] = collections.deque(maxlen=10_000)
+        self.memory_history = History()
         self._skips: collections.Counter[str] = collections.Counter()
         self._device_skips: dict[str, Tensor] = {}
         self._plans: dict[int, tuple[Any, list[Member]]] = {}
@@ -99,6 +99,13 @@ class ZooOptimizer(torch.optim.Optimizer):
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Look at the groups once, before they are taken: refuse or warn."""
 
+    def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Called with the state of a checkpoint before any of it is written; raises to refuse it."""
+
+    def paced(self, member: Member) -> Member:
+        """The member as it steps now: a method with a warm-up of its own lowers its route's `lr_scale` for a while."""
+        return member
+
     def finish(self) -> None:
         """Called after all parameters have stepped; for methods that work on their layers between steps."""
 
@@ -113,7 +120,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._remember()
             for index, group in enumerate(self.param_groups):
-                members = [member for member in self._plans[index][1] if member.p.grad is not None]
+                members = [self.paced(member) for member in self._plans[index][1] if member.p.grad is not None]
                 lr = group["lr"]
                 if isinstance(lr, Tensor) and on_host(lr):
                     lr = lr.item()

@@ -65,9 +65,6 @@ class Workspace(TorchDispatchMode):
             for t in _strided(args, kwargs):
                 self._note(t, born=False)
         out = func(*args, **kwargs)
-        if func._schema.is_mutable:  # out= arguments grow
-            for t in _strided(args, kwargs):
-                self._note(t, born=False)
         for t in _strided(out):
             self._note(t, born=True)
         return out

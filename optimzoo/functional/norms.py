@@ -1,0 +1,36 @@
+"""Sizes of matrices and of their rows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DEGENERATE = 1e-6  # a row's spread below this share of its own size, or of the largest spread, is rounding noise
+
+
+def standardise_rows(g: Tensor, center: bool = True) -> Tensor:
+    """(..., m, n) -> (..., m, n): every row minus its mean (with `center`) and over its root mean square.
+
+        x_ij = (g_ij - mean_i) / sqrt(mean_j (g_ij - mean_i)^2)
+
+    Rows without spread (zero, constant, or smaller than a millionth of the largest) become exactly zero. Ma et al.,
+    "SWAN", 2024, arXiv:2412.13148. One (m, n) is allocated: the result, of at least float32.
+    """
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    tiny, root = torch.finfo(dtype).tiny, math.sqrt(g.shape[-1])
+    largest = torch.linalg.vector_norm(g, math.inf, dim=(-2, -1), keepdim=True, dtype=dtype)
+    x = g.to(dtype, copy=True).div_(largest.clamp_min_(tiny))  # squares of 1e-30 would vanish
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if center:
+        x.sub_(x.mean(-1, keepdim=True))
+    spread = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if center else size
+    floor = torch.maximum(size, spread.amax(-2, keepdim=True)).mul_(DEGENERATE)
+    scale = torch.where(spread > floor, root / spread.clamp_min(tiny), 0)
+    return x.mul_(scale)
+
+
+def scale_to_rms_(x: Tensor, rms: float = 1.0) -> Tensor:
+    """(..., m, n), changed in place: the root mean square of each matrix becomes `rms`; zeros stay zeros."""
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    size.div_(rms * math.sqrt(x.shape[-2] * x.shape[-1])).clamp_min_(torch.finfo(x.dtype).tiny)
+    return x.div_(size)

@@ -1,0 +1,134 @@
+"""Parts of a matrix: some columns, rows or entries ("randk"), or a low-rank basis; and whose turn it is among tensors.
+
+An index part is (k,) int32, sorted; a basis is (s, r) for the shorter side s = min(m, n), from the right if m >= n,
+else from the left. Choices are functions of a seed alone: the same on every rank and after a resume.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from optimzoo.functional.random import fold, hash32
+from optimzoo.functional.subspace import random_basis_
+
+LOW_RANK = ("svd", "random")
+_STRATUM = 1 << 18  # positions sorted at a time: a matrix's entries are too many for one sort of 8-byte keys
+
+
+def share(n: int, density: float) -> int:
+    """How many of n are `density` of them, at least one; 0.29 of 100 is 29, which a plain floor makes 28."""
+    return max(1, math.floor(density * n + 1e-6))
+
+
+def choose_(index: Tensor, seed: int, *, n: int) -> Tensor:
+    """Fill (k,) int32 with k different numbers below n, sorted, each equally likely.
+
+    Beyond 2^18 numbers every stretch of 2^18 gives its exact share, so that the workspace stays small.
+    """
+    if n >= 2**31:
+        raise ValueError(f"cannot choose among {n} positions with 4-byte indices; use projection='columns'")
+    k = index.numel()
+    for start in range(0, n, _STRATUM):
+        end = min(start + _STRATUM, n)
+        first, last = k * start // n, k * end // n
+        keys = hash32(end - start, fold(seed, start), index.device)
+        picked = torch.argsort(keys, stable=True)[: last - first].sort().values
+        index[first:last].copy_(picked.add_(start))
+    return index
+
+
+def part_shapes(shape: tuple[int, ...], kind: str, density: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the part itself and of what `take` takes of an (m, n) matrix."""
+    m, n = shape
+    if kind in LOW_RANK:
+        r = share(min(m, n), density)
+        return (min(m, n), r), (m, r) if m >= n else (r, n)
+    k = share(_positions(shape, kind), density)
+    return (k,), {"columns": (m, k), "rows": (k, n), "randk": (k,)}[kind]
+
+
+def draw_(part: Tensor, seed: int, *, kind: str, shape: tuple[int, ...], g: Tensor | None = None) -> None:
+    """Fill a part of an (m, n) matrix: at random, but "svd" from g (m, n) where there is one."""
+    if kind == "svd" and g is not None:
+        part.copy_(svd_basis(g, part.shape[1]))
+    elif kind in LOW_RANK:
+        random_basis_(part, seed)
+    else:
+        choose_(part, seed, n=_positions(shape, kind))
+
+
+def _positions(shape: tuple[int, ...], kind: str) -> int:
+    return {"columns": shape[1], "rows": shape[0], "randk": shape[0] * shape[1]}[kind]
+
+
+def take(g: Tensor, part: Tensor, kind: str) -> Tensor:
+    """(m, n) -> (m, k) "columns", (k, n) "rows", (k,) "randk", (m, r) or (r, n) in a basis; always a new tensor."""
+    if kind in LOW_RANK:
+        return g @ part if g.shape[0] >= g.shape[1] else part.mT @ g
+    if kind == "randk":
+        return g.reshape(-1).index_select(0, part)
+    return g.index_select(1 if kind == "columns" else 0, part)
+
+
+def put_(u: Tensor, part: Tensor, low: Tensor, kind: str) -> Tensor:
+    """The way back, into u (m, n), contiguous, in place: chosen positions are overwritten, a basis' share is added."""
+    if kind in LOW_RANK:
+        return add_lifted_(u, part, low)
+    index = part.long()  # index_copy_ takes no int32
+    if kind == "randk":
+        u.view(-1).index_copy_(0, index, low)
+        return u
+    return u.index_copy_(1 if kind == "columns" else 0, index, low)
+
+
+def svd_basis(g: Tensor, rank: int) -> Tensor:
+    """(m, n) -> (min(m, n), r): leading right singular vectors if m >= n, else left; a view of all, so copy it."""
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    return vh[:rank].mT if g.shape[0] >= g.shape[1] else u[:, :rank]
+
+
+def add_lifted_(u: Tensor, basis: Tensor, low: Tensor, alpha: float = 1.0) -> Tensor:
+    """u (m, n) += alpha * (low basis^T, or basis low from the left), in place."""
+    if u.shape[0] >= u.shape[1]:
+        return u.addmm_(low, basis.mT, alpha=alpha)
+    return u.addmm_(basis, low, alpha=alpha)
+
+
+def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Tensor:
+    """(m, n) -> (m, n): what the part leaves of g; g itself for chosen positions, which `put_` overwrites.
+
+    `signed` says that only the signs will be used. Then the rest comes in units of the rounding noise, truncated, so
+    that noise is exactly 0: where a gradient lies inside the basis, the signs of rounding errors would move every
+    weight by a full step. The largest error was seen to grow like sqrt(r), to 18 units of eps * max|g| at r = 192; the
+    dead zone is 4 sqrt(r) of them.
+    """
+    if kind not in LOW_RANK:
+        return g
+    rest = add_lifted_(g.clone(), part, low, alpha=-1)
+    if not signed:
+        return rest
+    noise = 4 * part.shape[1] ** 0.5 * torch.finfo(g.dtype).eps
+    unit = torch.linalg.vector_norm(g, math.inf).mul_(noise).clamp_min_(torch.finfo(g.dtype).tiny)
+    return rest.div_(unit).trunc_()
+
+
+def whose_turn(sizes: Mapping[str, int], density: float, period: int, seed: int) -> set[str]:
+    """The names active in this period: a walk round a seeded permutation, so many bytes of tensors at a time.
+
+    Lay the tensors end to end in a ring; a period covers `density` of its length and owns the tensors that start there.
+    So each tensor has one turn in 1 / density periods, and the largest period holds at most density * total + the
+    largest tensor. The order is drawn anew whenever a period ends where the ring began.
+    """
+    part = Fraction(density).limit_denominator(1_000_000)
+    total, (lap, turn) = sum(sizes.values()), divmod(period, part.denominator)
+    active: set[str] = set()
+    start, begin = 0, turn * part * total
+    for name in sorted(sizes, key=functools.partial(fold, seed, lap)):
+        if (start - begin) % total < part * total:
+            active.add(name)
+        start += sizes[name]
+    return active
