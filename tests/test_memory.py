@@ -6,7 +6,6 @@ import gc
 import io
 import pickle
 import threading
-import time
 import types
 import weakref
 from collections import deque
@@ -796,15 +795,9 @@ def test_history_keeps_the_newest() -> None:
     assert [record.step for record in history] == [2, 3, 4]
 
 
-def test_a_record_costs_microseconds_and_old_ones_are_not_walked() -> None:
+def test_old_records_are_not_walked() -> None:
     history = History()
-    start = time.perf_counter()
-    for n in range(10_000):
-        history.append(StepMemory(n, n))
-    assert (time.perf_counter() - start) / 10_000 < 50e-6  # about 1 on an idle machine
+    history.append(torch.zeros(5))  # stands for thousands of records: the walk must not look at any
     opt = plain()
     opt.__dict__["history"] = history
-    start = time.perf_counter()
-    for _ in range(10):
-        ledger(opt)
-    assert (time.perf_counter() - start) / 10 < 5e-3
+    assert ledger(opt).total == 0
