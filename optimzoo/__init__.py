@@ -3,7 +3,9 @@
 from optimzoo.core import AdamW, param_groups
 from optimzoo.memory import Ledger, StepMemory, ledger, track
 from optimzoo.optimizers.cosmos import COSMOS
+from optimzoo.optimizers.frugal import FRUGAL
+from optimzoo.optimizers.swan import SWAN
 
 __version__ = "0.1.0"
 
-__all__ = ["COSMOS", "AdamW", "Ledger", "StepMemory", "ledger", "param_groups", "track"]
+__all__ = ["COSMOS", "FRUGAL", "SWAN", "AdamW", "Ledger", "StepMemory", "ledger", "param_groups", "track"]

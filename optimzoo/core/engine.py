@@ -38,7 +38,10 @@ class Member:
 
 @functools.cache
 def keywords(rule_function: Callable) -> frozenset[str]:
-    """The slots (and `step`, `seed`) that a rule's function asks for: its keyword-only arguments."""
+    """The slots (and `step`, `seed`) that a rule's function asks for: its keyword-only arguments.
+
+    One with a default is a slot that only some options keep.
+    """
     parameters = inspect.signature(rule_function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
@@ -159,10 +162,9 @@ def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, s
     slots = {name: open_slot(state[name], dtype) for name in _slot_names(state)}
     given: dict[str, Any] = slots | extras | {"seed": seed}
     if rule.refresh is not None and rule.due(count, h):
-        given["step"] = state.get("step")
-        rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh)})
+        rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
     given["step"] = _step_number(state, count)
-    u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction)})
+    u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):
         close_slot(state[name], opened, fold(seed, index))
     return u

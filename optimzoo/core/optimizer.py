@@ -89,7 +89,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         return Route(type(self), h)
 
     def period(self, group: dict[str, Any]) -> int:
-        """A number that changes when a choice over the whole group is due: new routes, and slots that start afresh."""
+        """A number that changes when a choice over the whole group is due: all its routes are asked for again."""
         return 0
 
     def extras(self, p: Tensor) -> dict[str, Tensor]:
@@ -227,7 +227,8 @@ class ZooOptimizer(torch.optim.Optimizer):
                 continue
             members = self.members(index)
             for member in members:
-                self._fit(member, group, fresh=known is not None and known[0][2] != token[2])
+                turned = known is not None and known[0][2] != token[2]
+                self._fit(member, group, fresh=turned and member.route.periodic)
             self._plans[index] = (token, members)
             changed = True
         if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):

@@ -26,7 +26,7 @@ class Route:
     """Where one parameter goes: its rule, that rule's options, the factor on the group's lr, and why.
 
     `layout` says how the rule sees the parameter: "as is", "flattened" (a convolution as (out, in * kernel)) or
-    "transposed" (weights stored as (in, out)).
+    "transposed" (weights stored as (in, out)). `periodic` slots start afresh whenever the group's `period` changes.
     """
 
     rule: Any
@@ -34,6 +34,7 @@ class Route:
     lr_scale: float = 1.0
     reason: str = "every parameter"
     layout: str = "as is"
+    periodic: bool = False
 
 
 def clean_name(name: str) -> str:

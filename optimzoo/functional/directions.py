@@ -15,7 +15,7 @@ def stateful_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> Tensor:
-    """(...) -> (...): "adamw", which alone uses `exp_avg_sq`, `step` and `eps`, "lion" or "sgdm"; averages in place."""
+    """(...) -> (...): "lion" or "sgdm", or AdamW where there is an `exp_avg_sq`; changes the averages in place."""
     if exp_avg_sq is not None:
         return adam_direction(g, exp_avg, exp_avg_sq, step, betas, eps)
     if kind == "lion":

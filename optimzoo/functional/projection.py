@@ -16,7 +16,7 @@ from optimzoo.functional.random import fold, hash32
 from optimzoo.functional.subspace import random_basis_
 
 LOW_RANK = ("svd", "random")
-_STRATUM = 1 << 18  # positions sorted at a time: a matrix's entries are too many for one sort of 8-byte keys
+_STRATUM = 1 << 14  # positions sorted at a time: keys and their order take 24 bytes each
 
 
 def share(n: int, density: float) -> int:
@@ -27,7 +27,7 @@ def share(n: int, density: float) -> int:
 def choose_(index: Tensor, seed: int, *, n: int) -> Tensor:
     """Fill (k,) int32 with k different numbers below n, sorted, each equally likely.
 
-    Beyond 2^18 numbers every stretch of 2^18 gives its exact share, so that the workspace stays small.
+    Beyond 2^14 numbers every stretch of 2^14 gives its exact share, so that the workspace stays small.
     """
     if n >= 2**31:
         raise ValueError(f"cannot choose among {n} positions with 4-byte indices; use projection='columns'")
@@ -78,11 +78,13 @@ def put_(u: Tensor, part: Tensor, low: Tensor, kind: str) -> Tensor:
     """The way back, into u (m, n), contiguous, in place: chosen positions are overwritten, a basis' share is added."""
     if kind in LOW_RANK:
         return add_lifted_(u, part, low)
-    index = part.long()  # index_copy_ takes no int32
-    if kind == "randk":
-        u.view(-1).index_copy_(0, index, low)
-        return u
-    return u.index_copy_(1 if kind == "columns" else 0, index, low)
+    index = part.long()  # neither scatter_ nor index_copy_ takes int32
+    if kind == "rows":
+        return u.index_copy_(0, index, low)
+    if kind == "columns":  # scatter_ is twice as fast as index_copy_ on single numbers
+        return u.scatter_(1, index.expand(low.shape), low)
+    u.view(-1).scatter_(0, index, low)
+    return u
 
 
 def svd_basis(g: Tensor, rank: int) -> Tensor:

@@ -5,6 +5,7 @@ Nothing here reads or moves a global generator. Host-side choices (which columns
 """
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,18 +42,19 @@ def hash32(n: int, seed: int | Tensor, device: torch.device | None = None) -> Te
 
     `seed` may be a 0-dim int64 tensor, so that a compiled step does not recompile when it changes.
     """
+    # Scrambled first: neighbouring seeds would otherwise give the same numbers in another order.
+    low = _finalise(seed & 0xFFFFFFFF)
+    high = _finalise(((seed >> 32) & 0x7FFFFFFF) ^ low)
     x = torch.arange(n, dtype=torch.int64, device=device)
-    low = (seed & 0xFFFFFFFF) if isinstance(seed, int) else seed.bitwise_and(0xFFFFFFFF)
-    high = (seed >> 32) & 0x7FFFFFFF if isinstance(seed, int) else seed.bitwise_right_shift(32).bitwise_and(0x7FFFFFFF)
-    x = _mix32(x.bitwise_xor_(low))
-    return _mix32(x.bitwise_xor_(high))
+    x = _finalise(x.bitwise_xor_(low))
+    return _finalise(x.bitwise_xor_(high))
 
 
-def _mix32(x: Tensor) -> Tensor:
-    """A 32-bit finaliser in 64-bit integers, in place: the multipliers stay below 2^31, so no product overflows."""
-    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(0xFFFFFFFF)
-    x.bitwise_xor_(x >> 15).mul_(0x2C1B3C6D).bitwise_and_(0xFFFFFFFF)
-    return x.bitwise_xor_(x >> 16)
+def _finalise(x: Any) -> Any:
+    """A 32-bit finaliser of an int or int64 tensor; multipliers below 2^31, so that no product overflows."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def uniform(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:

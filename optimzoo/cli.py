@@ -1,0 +1,219 @@
+"""The `optimzoo` command: list and show optimizers, run and compare recipes."""
+
+import contextlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    print(
+        f"optimzoo's command needs the recipes extra ({error.name} is missing): pip install 'optimzoo[recipes]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from error
+
+import torch
+
+from optimzoo import registry
+
+app = typer.Typer(
+    help="Memory-efficient optimizers for PyTorch that account for every byte they hold.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+
+Recipe = Annotated[Path, typer.Argument(help="A YAML file, such as recipes/quickstart.yaml.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key, such as optimizer.lr=1e-3. Repeatable.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; runs/<name of the recipe> by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        print(version("optimzoo"))
+        raise typer.Exit
+
+
+@app.command("list")
+def list_optimizers(as_json: Json = False) -> None:
+    """Every optimizer: its name, its paper and the bytes it holds for each weight of a 4096 x 4096 float32 matrix."""
+    rows = [
+        {"name": name, "paper": kind.paper, "bytes_per_weight": held(kind, (4096, 4096))["total"] / 4096**2}
+        for name, kind in registry.optimizers().items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("name", "paper")
+    table.add_column("bytes a weight", justify="right")
+    for row in rows:
+        table.add_row(row["name"], row["paper"], f"{row['bytes_per_weight']:.2f}")
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="One of the names that `optimzoo list` prints.")],
+    shape: Annotated[str, typer.Option(help="Shape of the weight whose bytes are shown.")] = "4096,4096",
+    as_json: Json = False,
+) -> None:
+    """One optimizer: what it does, its options, and what it remembers for a weight of the given shape."""
+    with _one_sentence(ValueError):
+        kind = registry.optimizer(name)
+        size = parse_shape(shape)
+        slots = held(kind, size)
+    options = {
+        key: {"default": option.default, "allowed": option.bounds, "meaning": option.doc}
+        for key, option in kind.options.items()
+    }
+    text = "\n\n".join(inspect.cleandoc(part) for part in (sys.modules[kind.__module__].__doc__, kind.__doc__) if part)
+    if as_json:
+        print(
+            json.dumps({"name": name, "paper": kind.paper, "about": text, "options": options, "shape": size, **slots})
+        )
+        return
+    print(text)
+    table = Table("option", "default", "allowed", "meaning", title="Options", title_justify="left")
+    for key, option in options.items():
+        table.add_row(key, str(option["default"]), option["allowed"], option["meaning"])
+    out.print(table)
+    table = Table("slot", "kind", "shape", title=f"Remembered for a float32 weight {shape}", title_justify="left")
+    table.add_column("bytes", justify="right")
+    for slot in slots["slots"]:
+        table.add_row(slot["name"], slot["kind"], str(tuple(slot["shape"])), f"{slot['bytes']:,}")
+    table.add_section()
+    table.add_row("total", "", f"{slots['total'] / math.prod(size):.3f} a weight", f"{slots['total']:,}")
+    out.print(table)
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    changes: Set = None,
+    folder: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's checkpoint, if it has one.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train what a recipe says; results, pictures and checkpoint go into one folder."""
+    training = _training()
+    place = folder or Path("runs") / recipe.stem
+    with _one_sentence(training.UserError):
+        result = training.train(training.load(recipe, changes or ()), place, resume=resume, quiet=as_json)
+    if as_json:
+        print(json.dumps(result))
+        return
+    out.print(training.report.table([result], f"{place}: {result['steps']} steps, {result['tokens']:,} tokens"))
+    _pictures(place)
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    changes: Set = None,
+    folder: Out = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")] = 1,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="optimizer.lr=1e-3,2e-3 tries these values; "
+            "optimizer.lr alone goes on by factors of 2 until the best is interior."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds, such as 0,1,2; in a sweep all but the first at the best value only.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run every entry of a recipe's `compare`; what is finished is not repeated, what was interrupted goes on."""
+    training = _training()
+    key, _, values = (sweep or "").partition("=")
+    changes = list(changes or ())
+    changes += [f"sweep={{key: {key}, values: [{values}]}}"] if sweep else []
+    changes += [f"seeds=[{seeds}]"] if seeds else []
+    place = folder or Path("runs") / recipe.stem
+    with _one_sentence(training.UserError):
+        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json)
+    if result["stale"]:
+        print(f"note: made by other code, delete to repeat: {', '.join(result['stale'])}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(result))
+        return
+    corpus = result["corpus"]
+    caption = f"data {corpus['name']}, sha256 {corpus['sha256'][:12]}, Python {corpus['python']}"
+    out.print(training.report.table(result["methods"], str(place)), caption, sep="\n", highlight=False)
+    if any("tried" in method for method in result["methods"]):
+        out.print(training.report.sweeps(result["methods"]))
+    _pictures(place)
+
+
+def _pictures(folder: Path) -> None:
+    out.print(f"pictures: {folder / 'loss.png'} {folder / 'memory.png'}", highlight=False, soft_wrap=True)
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`4096,11008` as a shape."""
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shape {text}: write positive sizes with commas between them, such as 4096,11008")
+    return tuple(int(part) for part in parts)
+
+
+def held(kind: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The slots of one float32 weight and their bytes, from the rule itself: nothing is allocated."""
+    if len(shape) != 2 and "fallback_lr_scale" in kind.options:
+        raise ValueError(f"{kind.__name__} is for matrices; a weight with {len(shape)} dimension(s) goes to adamw")
+    slots = [
+        {
+            "name": name,
+            "kind": slot.kind,
+            "shape": slot.shape,
+            "bytes": math.prod(slot.shape) * (slot.dtype or torch.float32).itemsize,
+        }
+        for name, slot in kind.slots(shape, kind.hypers({})).items()
+    ]
+    return {"slots": slots, "total": sum(slot["bytes"] for slot in slots)}
+
+
+@contextlib.contextmanager
+def _one_sentence(expected: type[Exception]) -> Iterator[None]:
+    """What the user can mend is one sentence on standard error and exit code 2; a fault of ours keeps its traceback."""
+    try:
+        yield
+    except (expected, OSError) as error:
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _training() -> Any:
+    """The package that runs recipes, imported when one is to be run: it takes seconds."""
+    with _one_sentence(ImportError):
+        from optimzoo import training
+
+        return training
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None

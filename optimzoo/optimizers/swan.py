@@ -1,0 +1,51 @@
+"""SWAN: the current gradient with standardised rows, whitened; no state.
+
+Ma, Gong, Scetbon, Meeds, "SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training", ICML 2025,
+arXiv:2412.13148.
+
+    X = rows of g minus their mean, over their standard deviation
+    D = (X X^T)^(-1/2) X                                             U V^T of X = U S V^T
+    u = D, scaled to RMS lr_ratio
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from optimzoo.core import MatrixOptimizer, Slot, hyper
+from optimzoo.functional.norms import scale_to_rms_, standardise_rows
+from optimzoo.functional.polar import newton_schulz, polar_exact
+
+THIN = 8  # below, whitening is hardly more than a rotation, and centring takes a direction away that counts
+
+
+class SWAN(MatrixOptimizer):
+    """Nothing is kept for matrices; AdamW's state for everything else, thin matrices included.
+
+    The RMS of a matrix step is lr * lr_ratio whatever the gradient's size: nothing converges without a falling lr, and
+    small batches are noisy. Rows of the gradient without spread (zero or constant) leave their weights alone. With
+    `center`, the row sums of a weight never change.
+    """
+
+    lr_ratio: float = hyper(1.0, ge=0, doc="RMS of a matrix step as a multiple of lr")
+    center: bool = hyper(True, doc="subtract the row means; without, rows are only scaled")
+    backend: str = hyper(
+        "fast", one_of=("fast", "exact"), doc="polar factor by 5 steps in bfloat16, or by 12 in float32"
+    )
+
+    paper = "Ma et al. 2024, arXiv:2412.13148"
+    workspace = 3.5
+
+    @classmethod
+    def unfit(cls, shape: tuple[int, ...]) -> str | None:
+        return f"a side is shorter than {THIN}" if min(shape) < THIN else None
+
+    @staticmethod
+    def slots(shape: tuple[int, ...], h: Any) -> dict[str, Slot]:
+        return {}
+
+    @staticmethod
+    def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
+        whiten = newton_schulz if h.backend == "fast" else polar_exact
+        # The standardised gradient has no name here, so that it dies as soon as the polar factor has its own copy.
+        return scale_to_rms_(whiten(standardise_rows(g, h.center)).to(g.dtype), h.lr_ratio)

@@ -1,0 +1,150 @@
+"""Several runs on one page. Finished runs are not repeated, interrupted ones go on from their checkpoint."""
+
+import hashlib
+import json
+import multiprocessing
+import re
+import signal
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from optimzoo.training import report
+from optimzoo.training.data import build_corpus
+from optimzoo.training.errors import UserError
+from optimzoo.training.folder import Folder, versions, write_json
+from optimzoo.training.progress import Watch
+from optimzoo.training.recipe import Recipe, validate
+from optimzoo.training.results import code
+from optimzoo.training.sweep import Search, search, summary
+from optimzoo.training.trainer import train
+
+Result = dict[str, Any]
+
+
+def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = False) -> Result:
+    """Run every entry of the recipe's `compare`, with its sweep and seeds, and write one table and two pictures.
+
+    `jobs` processes work at a time. Each run has its own folder below `folder`, named by a hash of all that decides its
+    result (recipe, corpus, versions), which is how a second call finds what the first one did.
+    """
+    out = Path(folder)
+    code()  # before anybody changes the sources that this process has loaded
+    seeds = recipe.seeds or (recipe.seed,)
+    searches = {label: search(entry, recipe.sweep, seeds) for label, entry in recipe.entries().items()}
+    with _executor(jobs) as executor, Watch(quiet or jobs == 1) as watch:
+        found = _drive(searches, out, executor, watch, quiet or jobs > 1)
+    runs = {label: [place(out, label, run) for run in one["runs"]] for label, one in found.items()}
+    first = next(iter(found.values()))["results"][0]
+    stale = [
+        str(place(out, label, run))
+        for label, one in found.items()
+        for run, result in _pairs(one)
+        if result["code"] != code()
+    ]
+    methods = [summary(label, one) for label, one in found.items()]
+    result = {"methods": methods, "corpus": first["corpus"], "versions": first["versions"], "stale": stale}
+    write_json(out / "comparison.json", result)
+    report.draw_loss({_label(method): runs[method["label"]] for method in methods}, out / "loss.png")
+    report.draw_memory(methods, out / "memory.png")
+    return result
+
+
+def _pairs(found: dict[str, Any]) -> Sequence[tuple[Recipe, Result]]:
+    return list(zip(found["runs"], found["results"], strict=True))
+
+
+def _label(method: Result) -> str:
+    return f"{method['label']} (lr {method['optimizer']['lr']:g})"
+
+
+def place(out: Path, label: str, run: Recipe) -> Path:
+    """The folder of one run: readable, and different when anything that decides the result is."""
+    facts = [
+        run.key,
+        _corpus_hash(json.dumps(run.run()["data"]), run),
+        *(versions()[name] for name in ("torch", "optimzoo")),
+    ]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    words = re.sub(r"[^a-z0-9.]+", "-", f"{label} lr {run.optimizer.lr:g} seed {run.seed}".lower())
+    return out / f"{words.strip('-')}-{digest}"
+
+
+_CORPORA: dict[str, str] = {}
+
+
+def _corpus_hash(data: str, run: Recipe) -> str:
+    if data not in _CORPORA:
+        _CORPORA[data] = build_corpus(run).facts["sha256"]
+    return _CORPORA[data]
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _executor(jobs: int) -> Executor:
+    """Workers forked from a fresh process that has done the slow imports once, not from this one with its threads."""
+    if jobs == 1:
+        return _Here()
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _die_at_once)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["optimzoo.training", "transformers.models.llama.modeling_llama"])
+    return ProcessPoolExecutor(jobs, context, _die_at_once)
+
+
+def _die_at_once() -> None:
+    """Ctrl-C ends a worker without a traceback: what it has not saved is repeated by the next call."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _work(values: dict[str, Any], folder: Path, quiet: bool) -> Result:
+    return train(validate(values, "recipe"), folder, resume=True, quiet=quiet)
+
+
+def _drive(
+    searches: dict[str, Search], out: Path, executor: Executor, watch: Watch, quiet: bool
+) -> dict[str, dict[str, Any]]:
+    """Feed the searches with results until each has returned what it found."""
+    found: dict[str, dict[str, Any]] = {}
+    pending: dict[str, list[Future]] = {}
+    folders: dict[Future, tuple[str, int, Folder]] = {}
+
+    def go_on(label: str, results: list[Result] | None) -> None:
+        try:
+            runs = next(searches[label]) if results is None else searches[label].send(results)
+        except StopIteration as end:
+            found[label] = end.value
+            return
+        pending[label] = []
+        for run in runs:
+            home = place(out, label, run)
+            future = executor.submit(_work, run.run(), home, quiet)
+            pending[label].append(future)
+            folders[future] = (home.name, run.schedule.steps, Folder(home))
+
+    try:
+        for label in searches:
+            go_on(label, None)
+        while pending:
+            waiting = [future for futures in pending.values() for future in futures if not future.done()]
+            wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for name, steps, home in (part for future, part in folders.items() if future.running() or future.done()):
+                watch.look(name, steps, home.rows())
+            for label in [label for label, futures in pending.items() if all(future.done() for future in futures)]:
+                go_on(label, [future.result() for future in pending.pop(label)])
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a run was killed, perhaps for want of memory; the same command goes on with fewer --jobs"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return {label: found[label] for label in searches}

@@ -1,0 +1,65 @@
+"""Transformers models with random weights, converted as the recipe says."""
+
+import torch
+from torch import Tensor, nn
+
+from optimzoo import modules
+from optimzoo.core.hyper import nearest
+from optimzoo.training.errors import UserError
+from optimzoo.training.recipe import Recipe
+from optimzoo.training.sections import Conversion, Llama
+
+
+def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The recipe's model on `device`. Its weights depend on the seed alone; the caller's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = _from_config(recipe)
+    model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
+    for conversion in recipe.modules:
+        convert(model, conversion)
+    return model
+
+
+def _from_config(recipe: Recipe) -> nn.Module:
+    # Importing transformers takes seconds: only a run pays for it.
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    spec = recipe.model
+    if isinstance(spec, Llama):
+        config = LlamaConfig(
+            vocab_size=spec.vocab,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads,
+            num_key_value_heads=spec.heads,
+            max_position_embeddings=recipe.data.sequence,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    try:
+        config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        config.use_cache = False
+        return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        first = str(error).split("\n")[0]
+        raise UserError(f"model.config: {spec.config} is no causal language model's configuration: {first}") from error
+
+
+def convert(model: nn.Module, conversion: Conversion) -> list[str]:
+    """Replace the layers that one entry of the recipe's `modules` names; the names of those layers."""
+    known = modules.kinds()
+    if conversion.kind not in known:
+        raise UserError(f"modules: no layer is called {conversion.kind!r}{nearest(conversion.kind, known)}")
+    try:
+        return modules.convert(model, known[conversion.kind], conversion.match, **(conversion.model_extra or {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"modules: {error}") from error
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of (batch, sequence + 1) tokens: each position predicts the next."""
+    logits = model(input_ids=tokens[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())

@@ -1,0 +1,114 @@
+"""Recipes: YAML in, frozen models out. Unknown keys name the nearest known one; names resolve in registries only."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from optimzoo.core.hyper import nearest
+from optimzoo.training.errors import UserError
+from optimzoo.training.parsing import parse, put
+from optimzoo.training.problems import explain
+from optimzoo.training.sections import (
+    Checkpoint,
+    Conversion,
+    Entry,
+    Evaluation,
+    HuggingFace,
+    Llama,
+    Memory,
+    OptimizerSpec,
+    PythonSource,
+    Schedule,
+    Section,
+    Sweep,
+    Text,
+    Transformers,
+    Wandb,
+)
+
+
+class Recipe(Section):
+    """One run, or with `compare` several that differ in some sections."""
+
+    model: Annotated[Llama | Transformers, Field(discriminator="name")]
+    data: Annotated[PythonSource | Text | HuggingFace, Field(discriminator="name")]
+    optimizer: OptimizerSpec
+    modules: tuple[Conversion, ...] = ()
+    schedule: Schedule
+    clip: float = Field(default=1.0, ge=0)  # 0: never
+    autocast: Literal["bf16", "none"] = "none"
+    memory: Memory = Memory()
+    eval: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    wandb: Wandb = Wandb()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    compare: tuple[Entry, ...] = ()
+    sweep: Sweep | None = None
+    seeds: tuple[int, ...] = ()
+
+    def run(self) -> dict[str, Any]:
+        """Everything that describes one run, as plain data."""
+        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds"})
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that the weights depend on."""
+        decides = {name: part for name, part in self.run().items() if name not in ("wandb", "checkpoint", "memory")}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    def replace(self, changes: Mapping[str, Any]) -> "Recipe":
+        """The single run that differs in the given dotted keys."""
+        values = self.run()
+        for name, value in changes.items():
+            put(values, name, value)
+        return validate(values, "recipe")
+
+    def entries(self) -> dict[str, "Recipe"]:
+        """The single runs of a comparison by label. A section with a `name` replaces the recipe's, others merge."""
+        if not self.compare:
+            return {self.optimizer.name: validate(self.run(), "recipe")}
+        runs = {}
+        for entry in self.compare:
+            values = self.run()
+            for section, part in (entry.model_extra or {}).items():
+                merge = isinstance(part, Mapping) and "name" not in part and isinstance(values.get(section), Mapping)
+                values[section] = {**values[section], **part} if merge else part
+            runs[entry.label] = validate(values, f"compare entry {entry.label!r}")
+        if len(runs) != len(self.compare):
+            raise UserError("compare: two entries have the same label; give each its own")
+        return runs
+
+
+def validate(values: Any, source: str) -> Recipe:
+    """A recipe from plain data; what is wrong with it in one sentence."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: a recipe is a mapping of sections (model, data, optimizer, schedule, ...)")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error, Recipe)}") from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides, whose values are YAML too."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}{near}") from error
+    values = parse(text, path.name)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not isinstance(values, dict):
+            raise UserError(f"--set {override}: write it as key.sub=value, such as optimizer.lr=1e-3")
+        put(values, key.strip(), parse(value, f"--set {override}"))
+    recipe = validate(values, path.name)
+    recipe.entries()
+    return recipe

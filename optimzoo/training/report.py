@@ -1,0 +1,152 @@
+"""One table and two pictures from the folders of finished runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from optimzoo.training.folder import Folder, write
+
+Result = Mapping[str, Any]
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+WEIGHTS, WORKSPACE = "#BBBBBB", "#FFFFFF"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that people read."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
+
+
+def loss_text(method: Result) -> str:
+    """A validation loss, with its spread where there are several seeds."""
+    if method["validation_loss"] is None:
+        return "diverged"
+    spread = f" (spread {method['spread']:.3f})" if len(method.get("losses", ())) > 1 else ""
+    return f"{method['validation_loss']:.3f}{spread}"
+
+
+def table(methods: Sequence[Result], title: str) -> Table:
+    """One column a method: loss, optimizer bytes by kind, workspace, time of a step."""
+    kinds = list(dict.fromkeys(kind for method in methods for kind in method["bytes"]["state_by_kind"]))
+    result = Table("", title=title, title_justify="left")
+    for method in methods:
+        result.add_column(method["label"], justify="right")
+    held = [method["bytes"] for method in methods]
+
+    result.add_row("learning rate", *(f"{method['optimizer']['lr']:g}" for method in methods))
+    result.add_row("validation loss", *map(loss_text, methods))
+    result.add_row("optimizer bytes", *(size(one["state"]) for one in held))
+    for kind in kinds:
+        result.add_row(
+            f"  {kind}", *(size(one["state_by_kind"][kind]) if kind in one["state_by_kind"] else "" for one in held)
+        )
+    result.add_row("  as a multiple of the weights", *(f"{one['state'] / one['weights']:.2f}" for one in held))
+    result.add_row(
+        "workspace of a step", *("-" if one["workspace"] is None else size(one["workspace"]) for one in held)
+    )
+    result.add_row("time of a step", *(duration(method["step_s"]) for method in methods))
+    result.add_row("  of it the optimizer", *(duration(method["optimizer_s"]) for method in methods))
+    return result
+
+
+def sweeps(methods: Sequence[Result]) -> Table:
+    """What each sweep tried: the best value is marked, and an edge is called one."""
+    result = Table(
+        "", "sweep (validation loss of the first seed)", title="How the best value was found", title_justify="left"
+    )
+    for method in methods:
+        tried = []
+        for value, loss in method["tried"]:
+            text = f"{value:g}: {'diverged' if loss is None else f'{loss:.3f}'}"
+            tried.append(f"[bold]{text}[/bold]" if value == method["best"] else text)
+        edge = "" if method["interior"] else "  (the best is on the edge)"
+        result.add_row(f"{method['label']} {method['key']}", "   ".join(tried) + edge)
+    return result
+
+
+def draw_loss(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Training loss (smoothed, thin) and validation loss (dots) of every method's runs."""
+    figure, axes = _figure(4.5)
+    lowest, highest = float("inf"), 0.0
+    for (label, folders), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+        for index, folder in enumerate(folders):
+            rows = [row for row in Folder(folder).rows() if row["loss"] is not None]
+            if not rows:
+                continue
+            smooth = _smooth([row["loss"] for row in rows])
+            axes.plot([row["step"] for row in rows], smooth, color=colour, alpha=0.45, linewidth=1)
+            held_out = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+            name = label if index == 0 else None
+            if held_out:
+                axes.plot(*zip(*held_out, strict=True), color=colour, marker="o", markersize=4, label=name)
+            lowest, highest = min(lowest, *smooth), max(highest, smooth[min(len(smooth) - 1, 20)])
+    if highest > lowest:
+        axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title("validation loss (dots) and smoothed training loss", loc="left", fontsize=10)
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_memory(methods: Sequence[Result], path: Path) -> None:
+    """Bytes beside each other: weights, what the optimizer remembers by kind, what a step needs for a moment."""
+    figure, axes = _figure(1.6 + 0.6 * len(methods))
+    visible = max(method["bytes"]["weights"] for method in methods) / 1000  # counters would be lines in the legend only
+    held = [method["bytes"]["state_by_kind"] for method in methods]
+    kinds = list(dict.fromkeys(kind for one in held for kind, nbytes in one.items() if nbytes > visible))
+    colours = dict(zip(kinds, COLOURS * (len(kinds) // len(COLOURS) + 1), strict=False))
+    for line, method in enumerate(methods):
+        held = method["bytes"]
+        parts = [("weights", held["weights"], WEIGHTS, "")]
+        parts += [(kind, held["state_by_kind"].get(kind, 0), colours[kind], "") for kind in kinds]
+        parts += [("workspace of a step", held["workspace"] or 0, WORKSPACE, "////")]
+        left = 0.0
+        for name, nbytes, colour, hatch in parts:
+            width = nbytes / 2**20
+            edge = "#555555" if hatch else "white"
+            axes.barh(
+                line, width, 0.62, left, color=colour, hatch=hatch, edgecolor=edge, label=name if line == 0 else None
+            )
+            left += width
+        axes.annotate(f"  state {size(held['state'])}", (left, line), va="center", fontsize=9)
+    axes.set_yticks(range(len(methods)), [method["label"] for method in methods])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("MiB")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    _save(figure, path)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """An exponential average without the bias of its start."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(average / weight)
+    return result
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    # Figure without pyplot: nothing global, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    write(path, lambda file: figure.savefig(file, format="png"))

@@ -1,0 +1,88 @@
+"""A finished run in numbers."""
+
+import functools
+import hashlib
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from optimzoo.core import ZooOptimizer
+from optimzoo.memory import Ledger, ledger
+from optimzoo.training.data import Corpus
+from optimzoo.training.folder import versions
+from optimzoo.training.recipe import Recipe
+
+
+def held(optimizer: Optimizer) -> Ledger:
+    """What an optimizer remembers; the zoo's own know the kinds of their slots."""
+    return optimizer.memory() if isinstance(optimizer, ZooOptimizer) else ledger(optimizer)
+
+
+def state_bytes(optimizers: list[Optimizer]) -> int:
+    """What several optimizers remember together."""
+    return sum(ledger(optimizer).total for optimizer in optimizers)
+
+
+def summarise(
+    recipe: Recipe, corpus: Corpus, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of a run, as plain data."""
+    weights = list(model.parameters())
+    by_kind: dict[str, int] = {}
+    for optimizer in optimizers:
+        for kind, nbytes in held(optimizer).by("kind").items():
+            by_kind[kind] = by_kind.get(kind, 0) + nbytes
+    held_out = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
+    spaces = [row["memory/workspace_bytes"] for row in rows if row["memory/workspace_bytes"] is not None]
+    tokens = recipe.data.batch * recipe.data.sequence * recipe.data.accumulate
+    step_s, optimizer_s = median(rows, "step_s"), median(rows, "optimizer_s")
+    return {
+        "key": recipe.key,
+        "label": recipe.optimizer.name,
+        "optimizer": recipe.optimizer.model_dump(),
+        "seed": recipe.seed,
+        "steps": len(rows),
+        "tokens": len(rows) * tokens,
+        "parameters": sum(p.numel() for p in weights),
+        "diverged": rows[-1]["validation_loss"] is None,
+        "validation_loss": rows[-1]["validation_loss"],
+        "best_validation_loss": min(held_out, default=None),
+        "bytes": {
+            "weights": sum(p.numel() * p.element_size() for p in weights),
+            "largest_parameter": max(p.numel() * p.element_size() for p in weights),
+            "state": sum(by_kind.values()),
+            "state_by_kind": by_kind,
+            "workspace": max(spaces, default=None),
+        },
+        "step_s": step_s,
+        "optimizer_s": optimizer_s,
+        "tokens_per_s": tokens / step_s if step_s else None,
+        "corpus": corpus.facts,
+        "versions": versions(),
+        "code": code(),
+    }
+
+
+def median(rows: list[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if row[key] is not None]
+    return statistics.median(values) if values else None
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the package's own sources: cached results of other code are recognised by it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] in ("core", "functional", "modules", "optimizers"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

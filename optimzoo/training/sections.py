@@ -1,0 +1,157 @@
+"""The sections of a recipe, as frozen models that refuse what they do not know."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from optimzoo.training.optimizers import check_name
+
+SIZES = {
+    "60m": {"hidden_size": 512, "intermediate_size": 1376, "layers": 8, "heads": 8, "vocab": 32000},
+    "130m": {"hidden_size": 768, "intermediate_size": 2048, "layers": 12, "heads": 12, "vocab": 32000},
+    "350m": {"hidden_size": 1024, "intermediate_size": 2736, "layers": 24, "heads": 16, "vocab": 32000},
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Llama(Section):
+    """A Llama with random weights; `size` fills in what is not said."""
+
+    name: Literal["llama"]
+    size: Literal["60m", "130m", "350m"] | None = None
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    vocab: int = Field(default=256, gt=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        return {**SIZES.get(str(values.get("size")), {}), **values} if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of 2 * heads={2 * self.heads}")
+        return self
+
+
+class Transformers(Section):
+    """Any causal language model of transformers, with random weights, from its configuration file."""
+
+    name: Literal["transformers"]
+    config: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Batches(Section):
+    sequence: int = Field(default=128, gt=0)
+    batch: int = Field(default=16, gt=0)
+    accumulate: int = Field(default=1, gt=0)
+
+
+class PythonSource(Batches):
+    """The embedded corpus: the sources of Python's standard library, as bytes."""
+
+    name: Literal["python-source"]
+
+
+class Text(Batches):
+    """One file, or every file below a folder, as bytes."""
+
+    name: Literal["text"]
+    path: Path
+
+
+class HuggingFace(Batches):
+    """A data set by name, tokenised: as many documents as `tokens` needs, in their order."""
+
+    name: Literal["huggingface"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    text_column: str = "text"
+    tokenizer: str
+    tokens: int = Field(default=10_000_000, gt=0)
+    streaming: bool = False
+
+
+class OptimizerSpec(BaseModel):
+    """`name`, `lr` and any option of the class; `fallback_lr` is the learning rate of embeddings, head and vectors."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    name: str
+    lr: float = Field(gt=0)
+    fallback_lr: float | None = Field(default=None, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return check_name(name)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Conversion(BaseModel):
+    """Layers to replace: `kind` of layer, `match` on module names, and the options of that kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+    match: str | tuple[str, ...] = "*"
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: int = Field(default=0, ge=0)
+    steps: int = Field(gt=0)
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class Memory(Section):
+    every: int = Field(default=50, gt=0)
+
+
+class Evaluation(Section):
+    every: int = Field(default=100, gt=0)
+    batches: int = Field(default=16, gt=0)
+
+
+class Checkpoint(Section):
+    every: int = Field(default=100, ge=0)  # 0: never
+
+
+class Wandb(Section):
+    mode: Literal["off", "offline", "online"] = "off"
+    project: str = "optimzoo"
+    run: str | None = None
+
+
+class Sweep(Section):
+    """How the best value of `key` is sought: the given `values`, or by factors until the best one is interior."""
+
+    key: str = "optimizer.lr"
+    values: tuple[float, ...] = ()
+    factor: float = Field(default=2.0, gt=1)
+    limit: int = Field(default=9, ge=3)
+
+    @field_validator("values")
+    @classmethod
+    def _sorted(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(values)))
+
+
+class Entry(BaseModel):
+    """One line of a comparison: a label, and the sections in which it differs from the recipe."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    label: str = Field(min_length=1)

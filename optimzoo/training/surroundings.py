@@ -1,0 +1,64 @@
+"""What surrounds a run: device, threads, random state, clock, and wandb where it is asked for."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimzoo.training.errors import UserError, needs
+from optimzoo.training.parsing import flat
+from optimzoo.training.recipe import Recipe
+
+
+@contextlib.contextmanager
+def surroundings(recipe: Recipe) -> Iterator[torch.device]:
+    """The device, threads and random state of a run; the caller's own are put back."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: this machine has no CUDA device for torch; use --set device=cpu")
+    cuda = torch.cuda.is_available() and recipe.device != "cpu"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads or threads)
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []):
+            yield torch.device("cuda" if cuda else "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast == "bf16")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def wandb(recipe: Recipe, folder: Path) -> Iterator[Any]:
+    """A function that logs one row to wandb, or does nothing; never asks anything."""
+    if recipe.wandb.mode == "off":
+        yield lambda row: None
+        return
+    library = needs("wandb", "wandb.mode")
+    if recipe.wandb.mode == "online" and not library.api.api_key:
+        raise UserError("wandb.mode=online needs an account on this machine: run `wandb login`, or use mode: offline")
+    settings = library.Settings(silent=True, console="off")
+    config = flat(recipe.run())
+    run = library.init(
+        project=recipe.wandb.project,
+        name=recipe.wandb.run,
+        mode=recipe.wandb.mode,
+        dir=str(folder),
+        config=config,
+        settings=settings,
+    )
+    try:
+        yield lambda row: run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+    finally:
+        run.finish()

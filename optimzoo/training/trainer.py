@@ -1,0 +1,165 @@
+"""The training loop, top to bottom. Whoever wants another loop copies this file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from optimzoo.memory.workspace import measure
+from optimzoo.training import progress, report
+from optimzoo.training.data import Corpus, build_corpus, words
+from optimzoo.training.errors import UserError
+from optimzoo.training.folder import Folder, versions, write_json
+from optimzoo.training.model import build_model, loss_of
+from optimzoo.training.optimizers import build_optimizers
+from optimzoo.training.recipe import Recipe
+from optimzoo.training.results import code, finite, state_bytes, summarise
+from optimzoo.training.schedule import scheduler
+from optimzoo.training.surroundings import autocast, now, surroundings, wandb
+
+
+def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run a recipe into `folder` and return its result; with `resume`, go on where the last checkpoint was written.
+
+    Every update depends on (seed, step) and on what the checkpoint holds, so that a run which was killed at any moment
+    and resumed ends with the weights, bit for bit, of one that was not.
+    """
+    home = Folder(Path(folder))
+    if resume and (result := home.finished(recipe)):
+        return result
+    home.open(recipe, resume)
+    with surroundings(recipe) as device:
+        result = _run(recipe, home, device, quiet)
+    draw(home, result)
+    return result
+
+
+def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dict[str, Any]:
+    data, spec, steps = recipe.data, recipe.optimizer, recipe.schedule.steps
+    code()  # before anybody changes the sources that this process has loaded
+    corpus = build_corpus(recipe)
+    model = build_model(recipe, device)
+    optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+    schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
+    first = restore(recipe, home, device, model, optimizers, schedulers)
+    write_json(home.path / "versions.json", versions())
+
+    with (
+        home.log(first) as log,
+        wandb(recipe, home.path) as wandb_log,
+        progress.bar(home.path.name, steps, quiet) as show,
+    ):
+        for step in range(first, steps):
+            if log.diverged:
+                break
+            began = now(device)
+            torch.manual_seed(int(words(recipe.seed, step, count=1)[0]))  # for models with dropout
+            loss = torch.zeros((), device=device)
+            for micro in range(data.accumulate):
+                tokens = corpus.batch(recipe.seed, step, micro, data.batch, data.sequence).to(device)
+                with autocast(recipe, device):
+                    part = loss_of(model, tokens) / data.accumulate
+                part.backward()
+                loss += part.detach()
+            norm = clip(model, recipe.clip)
+            lr = optimizers[0].param_groups[0]["lr"]
+
+            # Counting allocations slows a step down: those steps are left out of the times.
+            measured = step < 3 or (step + 1) % recipe.memory.every == 0
+            ready = now(device)
+            workspace = update(optimizers, device if measured else None)
+            ended = now(device)
+            for optimizer, schedule in zip(optimizers, schedulers, strict=True):
+                optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next backward
+                schedule.step()
+
+            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr, "gradient_norm": finite(norm.item())}
+            row |= {"memory/state_bytes": state_bytes(optimizers), "memory/workspace_bytes": workspace}
+            row |= {"step_s": None if measured else ended - began, "optimizer_s": None if measured else ended - ready}
+            row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
+            last = step + 1 == steps or row["loss"] is None
+            if last or (step + 1) % recipe.eval.every == 0:
+                row["validation_loss"] = finite(evaluate(recipe, model, corpus, device))
+            log.add(row)
+            wandb_log(row)
+            show(step + 1, row)
+            if recipe.checkpoint.every and (last or (step + 1) % recipe.checkpoint.every == 0):
+                log.sync()
+                save(recipe, home, step + 1, model, optimizers, schedulers)
+
+        result = summarise(recipe, corpus, model, optimizers, log.rows)
+    write_json(home.result, result)
+    return result
+
+
+def update(optimizers: list[Optimizer], measured_on: torch.device | None = None) -> int | None:
+    """Step every optimizer; with a device, the peak in bytes of what that allocated for a moment."""
+    if measured_on is None:
+        for optimizer in optimizers:
+            optimizer.step()
+        return None
+    before = state_bytes(optimizers)
+    with measure(measured_on) as workspace:
+        update(optimizers)
+    # Optimizers that make their state in their first step keep those bytes: they are state, not workspace.
+    return max(0, workspace.peak - max(0, state_bytes(optimizers) - before))
+
+
+def clip(model: nn.Module, bound: float) -> Tensor:
+    """Scale the gradients down to a total norm of at most `bound` (0: leave them) and return the norm they had."""
+    if bound:
+        return clip_grad_norm_(model.parameters(), bound)
+    return get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+@torch.no_grad()
+def evaluate(recipe: Recipe, model: nn.Module, corpus: Corpus, device: torch.device) -> float:
+    """Mean loss on the fixed validation batches."""
+    model.eval()
+    losses = []
+    for tokens in corpus.held_out(recipe.data.batch, recipe.data.sequence, recipe.eval.batches):
+        with autocast(recipe, device):
+            losses.append(loss_of(model, tokens.to(device)))
+    model.train()
+    return torch.stack(losses).mean().item()
+
+
+def save(
+    recipe: Recipe, home: Folder, step: int, model: nn.Module, optimizers: list[Optimizer], schedulers: list[LambdaLR]
+) -> None:
+    """Write everything that the next update depends on."""
+    parts = {"optimizers": [o.state_dict() for o in optimizers], "schedulers": [s.state_dict() for s in schedulers]}
+    home.save(recipe, step, {"model": model.state_dict(), **parts})
+
+
+def restore(
+    recipe: Recipe,
+    home: Folder,
+    device: torch.device,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    schedulers: list[LambdaLR],
+) -> int:
+    """Load the checkpoint, if there is one, and return how many updates it has seen."""
+    state = home.load(recipe, device)
+    if state is None:
+        return 0
+    try:
+        model.load_state_dict(state["model"])
+        for schedule, part in zip(schedulers, state["schedulers"], strict=True):
+            schedule.load_state_dict(part)
+        for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
+    return state["step"]
+
+
+def draw(home: Folder, result: dict[str, Any]) -> None:
+    """The run's two pictures."""
+    report.draw_loss({result["label"]: [home.path]}, home.path / "loss.png")
+    report.draw_memory([result], home.path / "memory.png")

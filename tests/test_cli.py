@@ -1,0 +1,198 @@
+"""The command: what it prints, what it refuses, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from optimzoo import registry
+from optimzoo.cli import main, parse_shape
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+model: {name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}
+data: {name: text, path: %s, sequence: 16, batch: 2}
+optimizer: {name: adamw, lr: 1e-2}
+schedule: {steps: 4}
+eval: {every: 2, batches: 2}
+compare:
+  - label: AdamW
+  - label: COSMOS
+    optimizer: {name: cosmos, lr: 1e-2, rank: 4, fallback_lr: 3e-3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "corpus.txt").write_text((ROOT / "setup.cfg").read_text() * 10)
+    path = tmp_path / "toy.yaml"
+    path.write_text(RECIPE % (tmp_path / "corpus.txt"))
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["optimzoo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    """The one sentence of a command that was refused."""
+    code, out, err = answer
+    assert (code, out) == (2, ""), answer
+    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_help_names_every_command_and_option(command) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(name in out for name in ("list", "show", "run", "compare", "--version"))
+    assert all(option in command("run", "--help")[1] for option in ("--set", "--out", "--resume", "--json", "recipe"))
+    assert all(option in command("compare", "--help")[1] for option in ("--jobs", "--sweep", "--seeds"))
+
+
+def test_python_m_optimzoo_and_version(command) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "optimzoo", "list", "--json"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert {"adamw", "cosmos"} <= {row["name"] for row in json.loads(done.stdout)}
+    assert command("--version")[1].strip() == version("optimzoo")
+
+
+def test_list_has_bytes_a_weight(command) -> None:
+    _, out, _ = command("list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["adamw"]["bytes_per_weight"] == pytest.approx(8, rel=1e-6)
+    n, r = 4096, 64
+    assert rows["cosmos"]["bytes_per_weight"] == pytest.approx(4 * (1 + 2 * r / n + r**2 / n**2), rel=1e-6)
+    assert all("arXiv" in row["paper"] for row in rows.values())
+    text = command("list")[1]
+    assert all(name in text for name in rows)
+
+
+@pytest.mark.parametrize("name", sorted(registry.optimizers()))
+def test_show(command, name: str) -> None:
+    code, out, _ = command("show", name, "--shape", "96,64")
+    assert code == 0
+    assert all(option in out for option in ("lr", "weight_decay"))
+    _, out, _ = command("show", name, "--shape", "96x64", "--json")
+    shown = json.loads(out)
+    assert shown["shape"] == [96, 64]
+    assert shown["total"] == sum(slot["bytes"] for slot in shown["slots"])
+    assert shown["options"]["lr"]["allowed"]
+
+
+def test_show_counts_what_an_optimizer_holds(command) -> None:
+    import torch
+
+    layer = torch.nn.Linear(64, 96, bias=False)
+    held = registry.optimizer("cosmos")(layer, rank=64).memory().total
+    assert json.loads(command("show", "cosmos", "--shape", "96,64", "--json")[1])["total"] == held
+
+
+def test_run_and_resume(command, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = command("run", recipe)
+    assert code == 0
+    assert "validation loss" in out
+    assert "4/4" in err
+    assert {"loss.png", "memory.png", "result.json"} <= {path.name for path in (tmp_path / "runs" / "toy").iterdir()}
+    assert "already holds a run" in refused(command("run", recipe))
+    code, out, err = command("run", recipe, "--resume", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((tmp_path / "runs" / "toy" / "result.json").read_text())
+    assert "optimizer.lr" in refused(command("run", recipe, "--resume", "--set", "optimizer.lr=1e-3"))
+
+
+def test_json_prints_nothing_else(command, recipe: Path) -> None:
+    code, out, err = command("compare", recipe, "--json", "--out", "all")
+    assert (code, err) == (0, "")
+    assert [method["label"] for method in json.loads(out)["methods"]] == ["AdamW", "COSMOS"]
+
+
+def test_compare_in_processes(command, recipe: Path) -> None:
+    code, out, err = command("compare", recipe, "--jobs", 2, "--sweep", "optimizer.lr=1e-2,2e-2", "--seeds", "0,1")
+    assert code == 0
+    assert all(
+        word in out for word in ("AdamW", "COSMOS", "optimizer bytes", "workspace", "spread", "on the edge", "0.01: ")
+    )
+    assert err.count("4/4") == 6
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(command, recipe: Path, tmp_path: Path) -> None:
+    assert "did you mean 'cosmos'?" in refused(command("show", "cosmo"))
+    assert "--shape 3,x" in refused(command("show", "cosmos", "--shape", "3,x"))
+    assert "goes to adamw" in refused(command("show", "cosmos", "--shape", "7"))
+    assert "did you mean 'toy.yaml'?" in refused(command("run", tmp_path / "tay.yaml"))
+    assert "did you mean 'warmup'?" in refused(command("run", recipe, "--set", "schedule.warmpu=1"))
+    assert "no optimizer is called 'galor'" in refused(command("run", recipe, "--set", "optimizer.name=galor"))
+    assert "rank=0" in refused(command("run", recipe, "--set", "optimizer={name: cosmos, lr: 1, rank: 0}"))
+    assert "cannot read /no/such" in refused(command("run", recipe, "--set", "data.path=/no/such", "--out", "o"))
+    (tmp_path / "file").write_text("")
+    assert "cannot make the folder" in refused(command("run", recipe, "--out", tmp_path / "file" / "x"))
+    code, _, err = command("run", recipe, "--no-such-option")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", "cut"])
+def test_a_corrupt_checkpoint(command, recipe: Path, tmp_path: Path, content: bytes | str) -> None:
+    run = tmp_path / "runs" / "toy"
+    command("run", recipe, "--set", "checkpoint.every=1")
+    (run / "result.json").unlink()
+    saved = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(saved[: len(saved) // 2] if content == "cut" else content)
+    before = (run / "checkpoint.pt").read_bytes()
+    assert "checkpoint.pt is damaged" in refused(command("run", recipe, "--resume"))
+    assert (run / "checkpoint.pt").read_bytes() == before
+    (run / "checkpoint.pt").write_bytes(saved)
+    assert command("run", recipe, "--resume")[0] == 0
+
+
+def test_a_foreign_checkpoint(command, recipe: Path, tmp_path: Path) -> None:
+    import torch
+
+    run = tmp_path / "runs" / "toy"
+    command("run", recipe)
+    (run / "result.json").unlink()
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save({"model": state["model"]}, run / "checkpoint.pt")
+    assert "is not a checkpoint of an optimzoo run" in refused(command("run", recipe, "--resume"))
+    torch.save(state | {"key": "other"}, run / "checkpoint.pt")
+    assert "belongs to another recipe" in refused(command("run", recipe, "--resume"))
+    del state["model"]["lm_head.weight"]
+    torch.save(state, run / "checkpoint.pt")
+    assert "does not fit the model" in refused(command("run", recipe, "--resume"))
+
+
+def test_a_missing_extra_is_one_sentence() -> None:
+    for missing, arguments in (("typer", ["list"]), ("yaml", ["run", "x.yaml"])):
+        script = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {arguments!r}; "
+        script += "from optimzoo.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "pip install 'optimzoo[recipes]'" in done.stderr
+        assert missing in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_shapes() -> None:
+    assert parse_shape("4096,11008") == parse_shape("4096x11008") == (4096, 11008)
+    for wrong in ("", "4,", "4,-1", "0,3"):
+        with pytest.raises(ValueError, match="positive sizes"):
+            parse_shape(wrong)
