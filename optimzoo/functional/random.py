@@ -44,7 +44,7 @@ def hash32(n: int, seed: int | Tensor, device: torch.device | None = None) -> Te
     """
     # Scrambled first: neighbouring seeds would otherwise give the same numbers in another order.
     low = _finalise(seed & 0xFFFFFFFF)
-    high = _finalise(((seed >> 32) & 0x7FFFFFFF) ^ low)
+    high = _finalise(((seed >> 32) & 0x7FFFFFFF) ^ low ^ 0x5BD1E995)  # unlike what position 0 makes of `low`
     x = torch.arange(n, dtype=torch.int64, device=device)
     x = _finalise(x.bitwise_xor_(low))
     return _finalise(x.bitwise_xor_(high))

@@ -1,0 +1,103 @@
+"""What an optimizer needs to know of layers that change what they train: the one meeting point of the two.
+
+Neither side imports the other. A layer names the optimizer that drives it, which finds its layers in the model.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from optimzoo.core.matrix import MatrixOptimizer
+from optimzoo.core.routing import clean_name
+from optimzoo.core.slots import Slot
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A layer that trains only some of its entries and chooses them anew when its optimizer says so."""
+
+    driver: str  # the name of the optimizer class that calls `reselect`
+    reselections: Tensor  # 0-dim int64 buffer: how often `reselect` was called, so that a checkpoint can be matched
+
+    def reselect(self, step: int, **how: Any) -> Mapping[Tensor, Tensor | None]:
+        """Choose the trained entries anew, in place.
+
+        Returns for each trained parameter that changed where its optimizer state comes from: a (entries,) int64 tensor
+        of old positions, -1 where an entry is new, or None when all of it is new.
+        """
+        ...
+
+
+def scheduled_layers(model: nn.Module, driver: str) -> dict[str, Any]:
+    """The layers that the optimizer called `driver` is to drive, by their names without wrappers."""
+    found = {
+        clean_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, Scheduled) and module.driver == driver
+    }
+    if not found:
+        raise ValueError(
+            f"{driver} found no layer of its own in {type(model).__name__}: call optimzoo.convert(model, ...) first"
+        )
+    return found
+
+
+class LayerOptimizer(MatrixOptimizer):
+    """Base of optimizers that change their layers between steps: made from the model, or from groups and the model.
+
+    One parameter of each layer keeps the layer's count in its slot "reselections" (`COUNTER`), so that a state is never
+    continued on a layer that has moved on.
+    """
+
+    needs_model: ClassVar[bool] = True
+    layers: dict[str, Any]
+
+    def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
+        name = type(self).__name__
+        whole = isinstance(params, nn.Module)
+        model = params if whole else model
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{name} works on layers of a model: call {name}(model, ...) or {name}(groups, model=model)"
+            )
+        self.layers = scheduled_layers(model, name)
+        super().__init__(self.default_groups(model) if whole else params, lr, **options)
+
+    def default_groups(self, model: nn.Module) -> Any:
+        """The groups that stand for the model when nothing else is given."""
+        return model
+
+    def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
+        for name, layer in self.layers.items():
+            for p in layer.parameters():
+                saved = values.get(p, {}).get("reselections")
+                if saved is not None and int(saved) != count_of(layer):
+                    raise ValueError(
+                        f"{name!r} was reselected {count_of(layer)} times and the loaded state is of reselection "
+                        f"{int(saved)}: load the model's state of the same step first, then the optimizer's"
+                    )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if any(id(layer) not in memo for layer in self.layers.values()):
+            raise TypeError(
+                f"a copy of this {type(self).__name__} alone would go on changing the original's layers: "
+                "copy.deepcopy((model, optimizer)) copies both"
+            )
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"layers": self.layers}
+
+
+COUNTER = Slot((), "counter")  # in the weight's dtype: a slot of another one would keep the rule from running in place
+
+
+def count_of(layer: Scheduled) -> int:
+    """How often the layer was reselected; 0 for one that is only planned."""
+    counter = layer.reselections
+    return 0 if isinstance(counter, FakeTensor) or counter.is_meta else int(counter)

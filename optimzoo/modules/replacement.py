@@ -1,0 +1,213 @@
+"""Layers that stand in for `nn.Linear`: `convert` puts them in, `merge` takes them out, `unmerge` puts them back."""
+
+import difflib
+import operator
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import nn
+
+HEADS = ("lm_head", "*.lm_head")  # never converted by a wildcard, whatever the model calls its output embeddings
+_KEPT = "_optimzoo_kept"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Option(NamedTuple):
+    """Default, bounds and meaning of one option of a replacement; None is allowed only where it is the default."""
+
+    default: Any
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    one_of: tuple[Any, ...] = ()
+    doc: str = ""
+
+    def check(self, owner: str, name: str, value: Any) -> None:
+        if value is None and self.default is None:
+            return
+        if self.one_of:
+            if value not in self.one_of:
+                raise ValueError(f"{owner}: {name}={value!r} is not one of {', '.join(map(repr, self.one_of))}")
+            return
+        signs = {">=": (self.ge, operator.ge), ">": (self.gt, operator.gt)}
+        signs |= {"<=": (self.le, operator.le), "<": (self.lt, operator.lt)}
+        bounds = [(sign, bound, holds) for sign, (bound, holds) in signs.items() if bound is not None]
+        if not bounds:
+            return
+        whole = isinstance(self.default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise TypeError(f"{owner}: {name}={value!r} must be a {'whole ' if whole else ''}number")
+        if not all(holds(value, bound) for _, bound, holds in bounds):
+            wanted = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
+            raise ValueError(f"{owner}: {name}={value} must be {wanted}")
+
+
+class Replacement(nn.Module, ABC):
+    """A layer that takes an `nn.Linear`'s place and can become one again."""
+
+    options: ClassVar[Mapping[str, Option]] = {}
+    in_features: int
+    out_features: int
+
+    @classmethod
+    @abstractmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
+        """Build the layer from `linear`, on its device, giving outputs in its dtype; it decides what is trainable."""
+
+    @abstractmethod
+    def to_linear(self) -> nn.Linear:
+        """Give the plain layer that computes the same function, in the dtype of the layer that was converted."""
+
+    @classmethod
+    def resolve(cls, **options: Any) -> dict[str, Any]:
+        """Give every option a checked value: unknown names raise TypeError, values out of bounds ValueError."""
+        for name in options:
+            if name not in cls.options:
+                near = difflib.get_close_matches(name, cls.options, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(cls.options) or 'none'}"
+                raise TypeError(f"{cls.__name__} has no option {name!r}; {hint}")
+        values = {name: options.get(name, option.default) for name, option in cls.options.items()}
+        for name, value in values.items():
+            cls.options[name].check(cls.__name__, name, value)
+        return values
+
+    @classmethod
+    def prepare(cls, linears: Mapping[str, nn.Linear], **options: Any) -> dict[str, dict[str, Any]]:
+        """Give `from_linear`'s options for each matched layer; a kind whose layers share a budget overrides it."""
+        return {name: cls.resolve(**options) for name in linears}
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def convert(
+    model: nn.Module,
+    kind: type[Replacement],
+    match: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    **options: Any,
+) -> list[str]:
+    """Replace the `nn.Linear` layers whose names match by `kind`, in place, and return their names.
+
+    `match` and `exclude` are shell patterns on module names (`"*.mlp.*"`). A pattern with a wildcard passes over output
+    heads, layers that share their weight with another module, layers already replaced and subclasses of `nn.Linear`
+    (whose owner may read the weight without calling them); naming one of these in full is an error, except for a head
+    that shares nothing, which is then converted.
+
+    A converted model saves and loads with `state_dict` between models converted alike; before writing it for
+    `from_pretrained`, `merge` it: the keys of a replaced layer mean nothing to a plain model.
+    """
+    if isinstance(model, nn.Linear | Replacement):
+        raise ValueError("convert replaces layers inside a model, and this is a single layer: pass its parent module")
+    layers = _select(model, kind, _patterns(match), _patterns(exclude))
+    for name, layer in layers.items():
+        if any(getattr(layer, hooks) for hooks in _HOOKS):
+            raise ValueError(f"{name!r} has hooks that convert would drop: remove them first, and add them again after")
+    prepared = kind.prepare(layers, **options)
+    for name, layer in layers.items():
+        _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+    return list(layers)
+
+
+def merge(model: nn.Module, keep: bool = False) -> list[str]:
+    """Turn every replaced layer back into an `nn.Linear`, in place, and return their names.
+
+    With `keep=True` the replaced layers stay alive beside the plain ones (outside of the state dict) for `unmerge`.
+    """
+    if isinstance(model, Replacement):
+        raise ValueError("merge replaces layers inside a model, and this is a single layer: call its to_linear()")
+    layers = {name: layer for name, layer in _walk(model) if isinstance(layer, Replacement)}
+    for name, layer in layers.items():
+        linear = layer.to_linear().train(layer.training)
+        if keep:
+            linear.__dict__[_KEPT] = layer  # not through __setattr__: a submodule would enter the state dict
+        _put(model, name, linear)
+    return list(layers)
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Put back the layers that `merge(model, keep=True)` took out, bit for bit, and return their names.
+
+    What was trained into the plain layers in between is dropped with them.
+    """
+    kept = {name: layer.__dict__[_KEPT] for name, layer in _walk(model) if _KEPT in layer.__dict__}
+    if not kept:
+        raise ValueError("nothing to unmerge: only merge(model, keep=True) keeps the replaced layers")
+    for name, layer in kept.items():
+        plain = model.get_submodule(name)
+        assert isinstance(plain, nn.Linear)
+        _put(model, name, layer.to(plain.weight.device).train(plain.training))
+    return list(kept)
+
+
+def _patterns(match: str | Sequence[str]) -> tuple[str, ...]:
+    return (match,) if isinstance(match, str) else tuple(match)
+
+
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below `module` with its name, those seen twice included; replaced layers are leaves."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield prefix + name, child
+            if not isinstance(child, Replacement):
+                yield from _walk(child, f"{prefix}{name}.")
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _select(
+    model: nn.Module, kind: type[Replacement], match: tuple[str, ...], exclude: tuple[str, ...]
+) -> dict[str, nn.Linear]:
+    modules = dict(_walk(model))
+    refusals = _refusals(model, modules)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    chosen: dict[str, nn.Linear] = {}
+    for name, module in modules.items():
+        if not _matches(name, match) or _matches(name, exclude):
+            continue
+        if name in match and name in refusals:
+            raise ValueError(f"{name!r} cannot become {kind.__name__}: {refusals[name]}")
+        if name not in match and (module is head or _matches(name, HEADS)):
+            continue
+        if name not in refusals:
+            assert isinstance(module, nn.Linear)
+            chosen[name] = module
+    if not chosen:
+        raise ValueError(f"match={match} finds no layer for {kind.__name__}; {_advice(modules, refusals, match)}")
+    return chosen
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _advice(modules: Mapping[str, nn.Module], refusals: Mapping[str, str], match: tuple[str, ...]) -> str:
+    for name, module in modules.items():
+        if name in refusals and _matches(name, match) and isinstance(module, Replacement | nn.Linear):
+            return f"{name!r} is passed over: {refusals[name]}"
+    names = [name for name in modules if name not in refusals]
+    near = [name for pattern in match for name in difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)]
+    return f"layers are named like {', '.join(near or names[:3])}" if names else "the model has no layer to convert"
+
+
+def _refusals(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why each module that is not a free-standing `nn.Linear` stays as it is."""
+    parameters = [p for module in (model, *modules.values()) for p in module._parameters.values() if p is not None]
+    owners = Counter(map(id, parameters))
+    reasons: dict[str, str] = {}
+    for name, module in modules.items():
+        if isinstance(module, Replacement):
+            reasons[name] = f"it is a {type(module).__name__} already; merge(model) first"
+        elif type(module) is not nn.Linear:
+            reasons[name] = f"it is a {type(module).__name__}, and only a plain nn.Linear can be replaced"
+        elif owners[id(module.weight)] > 1:
+            reasons[name] = "its weight is shared with another module, which would keep the old one; untie them first"
+    return reasons

@@ -1,0 +1,143 @@
+"""`SampledLinear`: exact forward, weight gradient from a sample of the tokens (WTA-CRS)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from optimzoo.functional import random
+from optimzoo.functional.sampling import CRITERIA, column_row_sample
+from optimzoo.modules.replacement import Option, Replacement
+from optimzoo.modules.sampled_site import SHARED, Sample, Site, row_norms, shared_site
+
+MIN_ROWS = 10  # fewer rows than this are not worth an estimate
+_WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def sample_size(n: int, ratio: float) -> int:
+    """Rows kept out of n."""
+    return max(int(ratio * n + 1e-6), MIN_ROWS)
+
+
+class SampledLinear(Replacement, nn.Linear):
+    """y = x W^T + b exactly; in training, dW = sum over k sampled tokens of scale * dy x^T, unbiased.
+
+    Input (..., n), output (..., m); k = ratio * tokens, at least 10. Kept for backward instead of x: k n numbers, an
+    int32 index and a float32 scale of length k. Input and bias gradients are exact. Weight and bias are the converted
+    layer's own parameters. Memory is saved only where nothing else keeps x alive, which one warning tells.
+
+    Winner-take-all column-row sampling (Liu et al., 2023, arXiv 2305.15265). Without a `NormCache` tokens are drawn in
+    proportion to |x|. Layers named together in `share` that receive the same tensor keep one sample between them.
+    """
+
+    options: ClassVar[Mapping[str, Option]] = {
+        "ratio": Option(0.3, gt=0, le=1, doc="part of the tokens that is kept"),
+        "criterion": Option("paper", one_of=CRITERIA, doc="how many tokens are kept for certain"),
+        "mix": Option(0.05, ge=0, le=1, doc="uniform part of the probabilities, a floor against stale norms"),
+        "seed": Option(0, ge=0, doc="of the draws, mixed with the layer's name, the call and the rank"),
+        "share": Option(SHARED, doc="tuples of sibling names whose inputs are sampled once"),
+    }
+    draws: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, name: str = "", **options: Any) -> None:
+        factory = {key: options.pop(key) for key in ("device", "dtype") if key in options}
+        super().__init__(in_features, out_features, bias, **factory)
+        values = self.resolve(**options)
+        self.ratio: float = values["ratio"]
+        self.criterion: str = values["criterion"]
+        self.mix: float = values["mix"]
+        self.name = _WRAPPERS.sub("", name)
+        self.seed = random.fold(values["seed"], self.name)
+        self.site = Site([self])
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+
+    @classmethod
+    def prepare(cls, linears: Mapping[str, nn.Linear], **options: Any) -> dict[str, dict[str, Any]]:
+        values = cls.resolve(**options)
+        sites: dict[tuple[str, int], Site] = {}
+        return {name: values | {"name": name, "site": shared_site(name, values["share"], sites)} for name in linears}
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, name: str = "", site: Site | None = None, **options: Any) -> Self:
+        layer = cls(linear.in_features, linear.out_features, False, name, device="meta", **options)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.draws = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+        if site is not None:
+            layer.site = site
+            site.members.append(layer)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+    def active(self) -> bool:
+        return self.training and self.weight.requires_grad and self.ratio < 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.shape[:-1].numel()
+        if not (self.active() and torch.is_grad_enabled()) or sample_size(tokens, self.ratio) >= tokens:
+            return F.linear(x, self.weight, self.bias)
+        rows, index, scale = self.site.sample(self, x)
+        notify = self.site.observer(self, x)
+        return _SampledLinear.apply(x, self.weight, self.bias, rows, index, scale, notify)
+
+    def draw(self, x: Tensor, norms: Tensor | None) -> Sample:
+        """Sample the rows of (..., n); `norms` are the expected sizes of the output gradient's rows, if known."""
+        flat = x.detach().reshape(-1, self.in_features)
+        weights = row_norms(flat)
+        weights = weights if norms is None else weights * norms
+        k = sample_size(flat.shape[0], self.ratio)
+        index, scale = column_row_sample(weights, k, advance(self.draws, self.seed), self.criterion, self.mix)
+        return flat.index_select(0, index).to(compute_dtype(x)), index, scale
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, ratio={self.ratio}, criterion={self.criterion!r}, mix={self.mix}"
+
+
+class _SampledLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *sample_and_notify: Any) -> Tensor:
+        *sample, notify = sample_and_notify
+        ctx.save_for_backward(weight, *sample)
+        ctx.bias_dtype, ctx.notify = None if bias is None else bias.dtype, notify
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rows, index, scale = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        flat = dy.reshape(-1, dy.shape[-1])
+        if ctx.notify is not None:
+            ctx.notify(flat)
+        dx = dy.matmul(weight.to(dy.dtype)) if need_x else None
+        dw = None
+        if need_weight:
+            picked = (flat.index_select(0, index) * scale.unsqueeze(-1)).to(rows.dtype)
+            dw = picked.t().matmul(rows).to(weight.dtype)
+        db = flat.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return dx, dw, db, None, None, None, None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in; autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def advance(draws: Tensor, seed: int) -> Tensor:
+    """Count one more draw, on the counter's device, and give its seed: other calls, names and ranks, other numbers."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    seed = random.fold(seed, torch.distributed.get_rank() if distributed else 0)
+    with torch.no_grad():
+        draws.add_(1)
+        low, high = random.hash32(2, (draws * 2).bitwise_xor_(seed), draws.device).unbind()
+        return low.bitwise_or(high.bitwise_and(0x7FFFFFFF) << 32)
