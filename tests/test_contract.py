@@ -12,10 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optimzoo.core import engine, optimizer, storage
 from optimzoo.core.apply import apply_update
+from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
 from tests.cases import PLAIN, bare, give_gradients, loss_of, same, short_options, tiny, train, weights
 
 every = pytest.mark.parametrize("cls", PLAIN.values(), ids=PLAIN.keys())
+states = pytest.mark.parametrize(
+    ("state_dtype", "rounding"),
+    [(None, "nearest"), (torch.bfloat16, "stochastic"), ("int8", "error")],
+    ids=["wide", "narrow", "codes"],
+)
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -127,9 +133,10 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
 
 @every
 @precisions
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["wide", "narrow"])
-def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype):
-    options = {"state_dtype": state_dtype, **short_options(cls)}
+@states
+def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype, rounding, monkeypatch):
+    monkeypatch.setattr(storage, "SMALL", 32)
+    options = {"state_dtype": state_dtype, "rounding": rounding, **short_options(cls)}
     with FakeTensorMode():
         model = tiny(dtype=dtype)
         planned = cls(model, **options)
@@ -147,6 +154,8 @@ def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype):
         assert book.slack == 0
         assert set(book.by("kind")) <= set(KINDS)
         assert "other" not in book.by("kind")
+        averages = [e for e in book.entries if e.kind in COARSE_KINDS and e.nbytes > 32 * e.dtype.itemsize]
+        assert state_dtype != "int8" or all(e.dtype.itemsize == 1 for e in averages)
         train(model, opt, step, step + 1)
     assert [record.step for record in opt.memory_history] == [1, 2, 3, 4]
     assert [record.state_bytes for record in opt.memory_history][:3] == totals[1:]
@@ -170,9 +179,10 @@ def test_state_is_plain_tensors(cls):
 
 @every
 @precisions
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["wide", "narrow"])
-def test_resumes_bit_for_bit_at_every_step(cls, dtype, state_dtype):
-    options = {"state_dtype": state_dtype, "lr": 1e-2, **short_options(cls)}
+@states
+def test_resumes_bit_for_bit_at_every_step(cls, dtype, state_dtype, rounding, monkeypatch):
+    monkeypatch.setattr(storage, "SMALL", 32)
+    options = {"state_dtype": state_dtype, "rounding": rounding, "lr": 1e-2, **short_options(cls)}
     whole = tiny(dtype=dtype)
     train(whole, cls(whole, **options), 0, 8)
     for stop in range(8):

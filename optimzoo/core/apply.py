@@ -1,9 +1,15 @@
-"""The last line of every optimizer: w <- (1 - lr * weight_decay) w - lr u."""
+"""The last line of every optimizer: w <- (1 - lr * weight_decay) w - lr u.
+
+A weight narrower than the computation is rounded, and a step below half its unit is then lost: a bfloat16 weight of 0.5
+does not notice 1e-3. Chance (each element goes up or down so that the mean is right) or a second tensor with what was
+rounded off keep such steps.
+"""
 
 import torch
 from torch import Tensor
 
 from optimzoo.core.storage import compute_dtype
+from optimzoo.functional.rounding import stochastic_round_
 
 CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB of float32
 
@@ -13,11 +19,24 @@ def flat(tensor: Tensor) -> Tensor | None:
     return tensor.view(-1) if tensor.is_contiguous() else None
 
 
-def apply_update(w: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, ok: Tensor | None, after: bool) -> None:
+def apply_update(
+    w: Tensor,
+    u: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    ok: Tensor | None,
+    after: bool,
+    *,
+    error: Tensor | None = None,
+    seed: int | None = None,
+    lost: Tensor | None = None,
+) -> None:
     """Decay and step in place; `u` is used up.
 
     `ok` is a 0-dim boolean on the device, or None when the host knows that the gradient was finite. `after` decays the
-    stepped weight instead: w <- (1 - lr * weight_decay) (w - lr u).
+    stepped weight instead: w <- (1 - lr * weight_decay) (w - lr u). The rest is about narrow weights: `error` is added
+    before and holds afterwards what rounding left out, `seed` asks for rounding by chance, and `lost` (2,) is increased
+    by the elements that did not change and by those that should have.
     """
     if ok is not None:
         u.masked_fill_(~ok, 0)
@@ -27,15 +46,46 @@ def apply_update(w: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, 
         return
     line, update = flat(w), flat(u)
     if line is None or update is None:
-        exact = w.to(u.dtype)
-        _step_and_decay(exact, u, lr, keep, after)
-        w.copy_(exact)
+        _step_narrow(w, u, lr, keep, after, ok, error, seed, lost)
         return
+    rest = None if error is None else error.view(-1)
     for start in range(0, line.numel(), CHUNK):
-        piece = line[start : start + CHUNK]
-        exact = piece.to(u.dtype)
-        _step_and_decay(exact, update[start : start + CHUNK], lr, keep, after)
-        piece.copy_(exact)
+        part = slice(start, start + CHUNK)
+        piece = None if rest is None else rest[part]
+        chance = None if seed is None else seed + start
+        _step_narrow(line[part], update[part], lr, keep, after, ok, piece, chance, lost)
+
+
+def _step_narrow(
+    w: Tensor,
+    u: Tensor,
+    lr: float | Tensor,
+    keep: float | Tensor | None,
+    after: bool,
+    ok: Tensor | None,
+    error: Tensor | None,
+    seed: int | None,
+    lost: Tensor | None,
+) -> None:
+    exact = w.to(u.dtype)
+    if error is not None:
+        exact.add_(error)
+    before = None if lost is None else exact.clone()
+    _step_and_decay(exact, u, lr, keep, after)
+    rounded = exact.to(w.dtype) if seed is None else stochastic_round_(_line_like(w), exact, seed)
+    if error is not None:
+        if ok is not None:  # half a unit, rounded itself, may be enough to move a weight that was to be left alone
+            rounded = torch.where(ok, rounded, w)
+        error.copy_(exact - rounded)
+    w.copy_(rounded)
+    if lost is not None:
+        now = w.to(u.dtype) if error is None else w.to(u.dtype).add_(error)
+        wanted = (u != 0) | (exact != before)
+        lost.add_(torch.stack([(wanted & (now == before)).sum(), wanted.sum()]))
+
+
+def _line_like(w: Tensor) -> Tensor:
+    return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
 def _kept(lr: float | Tensor, weight_decay: float, ok: Tensor | None) -> float | Tensor | None:

@@ -4,20 +4,26 @@ torch casts loaded state to the parameter's dtype, which turns float32 averages 
 the live optimizer decides the dtypes, and a checkpoint that does not fit is refused before anything is written.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from optimzoo.core.engine import Member, specs
 from optimzoo.core.groups import GROUP_KEYS
-from optimzoo.core.routing import clean_name, matrix_shape
+from optimzoo.core.routing import clean_name
+from optimzoo.core.slots import COARSE_KINDS
+from optimzoo.core.storage import ERROR, SCALE, is_scale, transfer
+from optimzoo.functional.quantize import blocks
+from optimzoo.functional.random import fold
 
 if TYPE_CHECKING:
-    from optimzoo.core.engine import Member
     from optimzoo.core.optimizer import ZooOptimizer
 
-_LIVE_KEYS = frozenset({"params", "param_names", "state_dtype"})  # decided by the running optimizer, not by the file
+# Decided by the running optimizer, not by the file.
+_LIVE_KEYS = frozenset({"params", "param_names", "state_dtype", "rounding"})
 
 
 def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
@@ -38,12 +44,15 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
             group |= old
         raise
     for p, slots in values.items():  # slots of other shapes than the loaded options want are made anew
-        kept = {k: t for k, t in optimizer.state.get(p, {}).items() if k in slots and t.shape == slots[k].shape}
-        optimizer.state[p] = kept
+        held = optimizer.state.get(p, {})
+        optimizer.state[p] = {k: t for k, t in held.items() if k not in slots or t.shape == slots[k].shape}
     optimizer.relink()
-    for p, slots in values.items():
-        for key, value in slots.items():
-            optimizer.state[p][key].copy_(value)
+    for member in members:
+        saved_slots, live = values[member.p], optimizer.state[member.p]
+        for key in (k for k in live if not is_scale(k, live) and k in saved_slots):
+            transfer(saved_slots, live, key, fold(0, member.name, key))
+        if ERROR in live and ERROR not in saved_slots:
+            live[ERROR].zero_()
 
 
 def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[dict]) -> dict[str, Any]:
@@ -79,21 +88,27 @@ def _pairs(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[Tenso
         yield p, numbers[clean_name(name)]
 
 
-def _fitting(optimizer: "ZooOptimizer", member: "Member", saved: dict[str, Any]) -> dict[str, Tensor]:
-    """The saved tensors of one parameter, if they are exactly its slots."""
-    wanted = member.route.rule.slots(matrix_shape(member.p, member.route.layout), member.route.h)
-    if wanted.keys() != saved.keys():
+def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The saved tensors of one parameter, if they are exactly its slots, in whatever dtype or codes."""
+    every = specs(member)
+    wanted = {key: slot.shape for key, slot in every.items() if key != ERROR and not is_scale(key, every)}
+    found = {key for key in saved if key != ERROR and not is_scale(key, saved)}
+    if wanted.keys() != found:
         raise ValueError(
-            f"the checkpoint keeps {_listed(saved)} for {member.name!r}, {type(optimizer).__name__} keeps "
+            f"the checkpoint keeps {_listed(found)} for {member.name!r}, {type(optimizer).__name__} keeps "
             f"{_listed(wanted)}: it was saved by another optimizer or with other options"
         )
+    shapes = wanted | {ERROR: tuple(member.p.shape)}
+    shapes |= {key + SCALE: (blocks(math.prod(shape)),) for key, shape in wanted.items()}
     values = {key: torch.as_tensor(value) for key, value in saved.items()}
     for key, value in values.items():
-        if tuple(value.shape) != wanted[key].shape:
+        if tuple(value.shape) != shapes[key]:
             raise ValueError(
-                f"{key!r} of {member.name!r} is {tuple(value.shape)} in the checkpoint and {wanted[key].shape} here: "
+                f"{key!r} of {member.name!r} is {tuple(value.shape)} in the checkpoint and {shapes[key]} here: "
                 "the model or an option differs"
             )
+        if value.dtype in (torch.int8, torch.uint8) and every[key].kind in COARSE_KINDS and key + SCALE not in saved:
+            raise ValueError(f"the checkpoint has codes for {key!r} of {member.name!r} without {key + SCALE!r}")
     return values
 
 

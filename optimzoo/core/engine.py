@@ -18,12 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.apply import CHUNK, apply_update, flat
-from optimzoo.core.routing import Route, as_matrix, from_matrix
-from optimzoo.core.storage import close_slot, compute_dtype, on_host, open_slot
+from optimzoo.core.apply import CHUNK, apply_update
+from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
+from optimzoo.core.slots import Slot
+from optimzoo.core.storage import (
+    ERROR,
+    State,
+    close_slot,
+    compute_dtype,
+    is_scale,
+    on_host,
+    open_slot,
+    slot_names,
+    stored,
+)
+from optimzoo.functional.quantize import BLOCK, blocks
 from optimzoo.functional.random import fold
 
-State = dict[str, Tensor]
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -34,6 +45,17 @@ class Member:
     p: Tensor
     name: str
     route: Route
+
+
+def specs(member: Member) -> dict[str, Slot]:
+    """Everything that is kept for a parameter: its rule's slots as they are stored, and the error of its rounding."""
+    p, h = member.p, member.route.h
+    slots = stored(member.route.rule.slots(matrix_shape(p, member.route.layout), h), p.dtype, h.state_dtype)
+    if h.rounding == "error" and p.dtype != compute_dtype(p.dtype):
+        slots[ERROR] = Slot(tuple(p.shape), "residual", p.dtype)
+    if h.rounding == "stochastic" and p.dtype == torch.float16:
+        raise TypeError(f"rounding='stochastic' is for bfloat16 and {member.name!r} is float16; use rounding='error'")
+    return slots
 
 
 @functools.cache
@@ -81,11 +103,16 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
 
 
 def run(
-    members: Iterable[Member], states: dict[Tensor, State], lr: float | Tensor, count: int, extras: Extras
+    members: Iterable[Member],
+    states: dict[Tensor, State],
+    lr: float | Tensor,
+    count: int,
+    extras: Extras,
+    lost: dict[str, Tensor],
 ) -> tuple[list[str], list[tuple[str, Tensor]]]:
     """Step every member. Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
 
-    `count` is the number of steps that the group has completed.
+    `count` is the number of steps that the group has completed; `lost` counts updates that rounding swallowed.
     """
     skipped: list[str] = []
     unknown: list[tuple[str, Tensor]] = []
@@ -101,7 +128,8 @@ def run(
         state = states[member.p]
         rate = lr * member.route.lr_scale
         if not _in_place(member, g, state):
-            _step_one(member, g, state, rate, count, None if ok is True else ok, extras(member.p))
+            known = None if ok is True else ok
+            _step_one(member, g, state, rate, count, known, extras(member.p), lost.get(member.name))
         elif ok is True:
             key = (member.route.rule, member.route.h, member.route.lr_scale, member.p.dtype, member.p.device)
             lists[key].append((member, g, state))
@@ -113,9 +141,11 @@ def run(
 
 
 def _in_place(member: Member, g: Tensor, state: State) -> bool:
-    """Whether the rule's list form can take this parameter: one dtype throughout, one memory layout."""
+    """Whether the rule's list form can take this parameter: one dtype that needs no rounding, one memory layout."""
     p = member.p
     if member.route.rule.update is None or g.dtype != p.dtype or not (p.is_contiguous() and g.is_contiguous()):
+        return False
+    if p.dtype != compute_dtype(p.dtype):  # written to nearest, averages of bfloat16 would stand still
         return False
     return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
 
@@ -130,24 +160,32 @@ def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, ok
 
 
 def _step_one(
-    member: Member, g: Tensor, state: State, lr: float | Tensor, count: int, ok: Tensor | None, extras: State
+    member: Member,
+    g: Tensor,
+    state: State,
+    lr: float | Tensor,
+    count: int,
+    ok: Tensor | None,
+    extras: State,
+    lost: Tensor | None,
 ) -> None:
     p, rule, h = member.p, member.route.rule, member.route.h
     before = {} if ok is None else {name: t.clone() for name, t in state.items() if name != "step"}
     if "step" in state:
         state["step"].add_(1 if ok is None else ok)
     seed = fold(getattr(h, "seed", 0), member.name, count)
-    lines = _lines(p, g, state) if rule.elementwise else None
-    if lines is None:
-        w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
-        u = _direction(member, matrix, w, state, count, seed, extras)
-        apply_update(p, from_matrix(u, p, member.route.layout), lr, h.weight_decay, ok, rule.decay_after)
-    else:
+    chance = fold(seed, "weight") if h.rounding == "stochastic" else None
+    if rule.elementwise and _one_line(p, g, state):
         for start in range(0, p.numel(), CHUNK):
-            w, piece, *rest = (line[start : start + CHUNK] for line in lines)
-            slots = dict(zip(_slot_names(state), rest, strict=True)) | {k: t for k, t in state.items() if k == "step"}
-            u = _direction(member, piece, w, slots, count, seed + start, extras)
-            apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after)
+            w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
+            part = _part(state, start)
+            u = _direction(member, piece, w, part, count, seed + start, extras)
+            drawn = None if chance is None else chance + start
+            apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after, error=part.get(ERROR), seed=drawn, lost=lost)
+    else:
+        w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
+        u = from_matrix(_direction(member, matrix, w, state, count, seed, extras), p, member.route.layout)
+        apply_update(p, u, lr, h.weight_decay, ok, rule.decay_after, error=state.get(ERROR), seed=chance, lost=lost)
     if ok is not None:
         for name, old in before.items():
             state[name].copy_(torch.where(ok, state[name], old))
@@ -159,19 +197,15 @@ def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, s
     g = g.to(dtype)
     if h.maximize:
         g = -g
-    slots = {name: open_slot(state[name], dtype) for name in _slot_names(state)}
+    slots = {name: open_slot(state, name, dtype) for name in slot_names(state)}
     given: dict[str, Any] = slots | extras | {"seed": seed}
     if rule.refresh is not None and rule.due(count, h):
         rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):
-        close_slot(state[name], opened, fold(seed, index))
+        close_slot(state, name, opened, fold(seed, index))
     return u
-
-
-def _slot_names(state: State) -> list[str]:
-    return [name for name in state if name != "step"]
 
 
 def _step_number(state: State, count: int) -> float | Tensor:
@@ -185,8 +219,21 @@ def _step_number(state: State, count: int) -> float | Tensor:
     return counter.item() if on_host(counter) else counter.to(torch.float64)
 
 
-def _lines(p: Tensor, g: Tensor, state: State) -> list[Tensor] | None:
-    """Weight, gradient and slots as lines of memory of one length, or None where some are laid out differently."""
-    lines = [flat(t) for t in (p, g, *(state[name] for name in _slot_names(state)))]
-    whole = [line for line in lines if line is not None and line.numel() == p.numel()]
-    return whole if len(whole) == len(lines) and p.numel() > CHUNK else None
+def _one_line(p: Tensor, g: Tensor, state: State) -> bool:
+    """Whether weight, gradient and slots are lines of memory of one length, and long enough to be worth slicing."""
+    slots = [t for name, t in state.items() if name != "step" and not is_scale(name, state)]
+    lines = all(t.is_contiguous() and t.numel() == p.numel() for t in (p, g, *slots))
+    return lines and p.numel() > CHUNK
+
+
+def _part(state: State, start: int) -> State:
+    """The slots of `CHUNK` elements, which are whole blocks."""
+    part: State = {}
+    for name, t in state.items():
+        if name == "step":
+            part[name] = t
+        elif is_scale(name, state):
+            part[name] = t[start // BLOCK : blocks(start + CHUNK)]
+        else:
+            part[name] = t.view(-1)[start : start + CHUNK]
+    return part

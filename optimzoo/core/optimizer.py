@@ -14,19 +14,20 @@ gradient.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optimzoo.core import checkpoint
-from optimzoo.core.engine import Member, run
+from optimzoo.core.engine import Member, run, specs
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
-from optimzoo.core.routing import Route, matrix_shape
-from optimzoo.core.slots import Slot
-from optimzoo.core.storage import STATE_DTYPES, fill_slot, new_slot, on_host, slot_dtype
+from optimzoo.core.lost import Lost
+from optimzoo.core.routing import Route
+from optimzoo.core.storage import STATE_DTYPES, compute_dtype, fill_slot, is_scale, new_slot, on_host, transfer
 from optimzoo.functional.random import fold
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
@@ -43,6 +44,11 @@ class ZooOptimizer(torch.optim.Optimizer):
         parse=dtype_name,
         doc="how averages are kept; None is float32, or the weight's own dtype when wider",
     )
+    rounding: str = hyper(
+        "nearest",
+        one_of=("nearest", "stochastic", "error"),
+        doc="how weights narrower than float32 are written; error keeps what is rounded off in a second tensor",
+    )
     check_finite: bool = hyper(True, doc="leave weights and state alone where a gradient holds NaN or infinity")
 
     paper: ClassVar[str] = ""
@@ -51,6 +57,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
     decay_after: ClassVar[bool] = False  # decay the stepped weight, not the weight before the step
+    releasing = False  # whether backward steps the parameters; set by `release_gradients`
     options: ClassVar[dict[str, Hyper]] = {}
     Options: ClassVar[Any] = None  # the named tuple that rules get as `h`: all options but lr
 
@@ -70,6 +77,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         self.memory_history = History()
         self._skips: collections.Counter[str] = collections.Counter()
         self._device_skips: dict[str, Tensor] = {}
+        self._lost = Lost()
         self._plans: dict[int, tuple[Any, list[Member]]] = {}
         self._state_bytes = 0
         groups = as_groups(params, type(self).__name__)
@@ -120,23 +128,48 @@ class ZooOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._remember()
             for index, group in enumerate(self.param_groups):
-                members = [self.paced(member) for member in self._plans[index][1] if member.p.grad is not None]
-                lr = group["lr"]
-                if isinstance(lr, Tensor) and on_host(lr):
-                    lr = lr.item()
-                self._note(*run(members, self.state, lr, group["step"], self.extras))
+                self.step_members(index, self._plans[index][1])
                 group["step"] += 1
             self.finish()
         done = max(group["step"] for group in self.param_groups)
         self.memory_history.append(StepMemory(done, self._state_bytes))
         return loss
 
+    def begin(self) -> dict[Tensor, tuple[int, Member]]:
+        """Make routes and slots ready for a step: every trainable parameter with its group's number and its route."""
+        self._remember()
+        return {member.p: (index, member) for index, (_, plan) in self._plans.items() for member in plan}
+
+    def step_members(self, index: int, members: Iterable[Member]) -> None:
+        """Step those members of a group that have a gradient; the group's count stays, it advances with `step()`."""
+        group = self.param_groups[index]
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and on_host(lr):
+            lr = lr.item()
+        paced = [self.paced(member) for member in members if member.p.grad is not None]
+        self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
+
+    @contextmanager
+    def count_lost(self) -> Iterator[Lost]:
+        """Inside, count the updates that rounding swallowed; weights that need no rounding are left out."""
+        self._lost = Lost(
+            (member.name, torch.zeros(2, dtype=torch.int64, device=p.device))
+            for p, (_, member) in self.begin().items()
+            if p.dtype != compute_dtype(p.dtype)
+        )
+        self._settle()
+        try:
+            yield self._lost
+        finally:
+            self._lost = Lost()
+            self._settle()
+
     def memory(self) -> Ledger:
         """Every byte held here, by parameter, group, kind, dtype and device; true before the first step."""
         self._remember()
         members = [member for _, plan in self._plans.values() for member in plan]
         names = {member.p: member.name for member in members}
-        kinds = {(m.p, key): slot.kind for m in members for key, slot in _specs(m).items()}
+        kinds = {(m.p, key): slot.kind for m in members for key, slot in specs(m).items()}
         return ledger(self, names=names, kinds=kinds)
 
     def routes(self) -> Routes:
@@ -159,7 +192,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         member = next((m for _, plan in self._plans.values() for m in plan if m.p is p), None)
         if member is None:
             raise ValueError(f"{type(self).__name__} does not optimize this tensor of shape {tuple(p.shape)}")
-        for key, slot in _specs(member).items():
+        for key, slot in specs(member).items():
             fill_slot(slot, self.state[p][key], fold(0, member.name, key))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -240,15 +273,16 @@ class ZooOptimizer(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in owned]:
             del self.state[p]
         self._state_bytes = sum(t.untyped_storage().nbytes() for slots in self.state.values() for t in slots.values())
-        self._state_bytes += sum(count.nbytes for count in self._device_skips.values())
+        counters = (*self._device_skips.values(), *self._lost.values())
+        self._state_bytes += sum(count.nbytes for count in counters)
 
     def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
         """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
-        p, chosen, have = member.p, group["state_dtype"], self.state.get(member.p, {})
+        p, have = member.p, {} if fresh else self.state.get(member.p, {})
         slots: dict[str, Tensor] = {}
-        for key, slot in _specs(member).items():
-            old, dtype = None if fresh else have.get(key), slot_dtype(slot, p.dtype, chosen)
-            if old is not None and (old.shape, old.dtype, old.device) == (slot.shape, dtype, p.device):
+        for key, slot in specs(member).items():
+            old = have.get(key)
+            if old is not None and (old.shape, old.dtype, old.device) == (slot.shape, slot.dtype, p.device):
                 slots[key] = old
                 continue
             if old is not None and old.shape != slot.shape and group["step"] > 0:
@@ -256,9 +290,11 @@ class ZooOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: {key!r} of {member.name!r} would change from {tuple(old.shape)} to "
                     f"{slot.shape} after the first step; make a new optimizer for other shapes or ranks"
                 )
-            slots[key] = new_slot(slot, p, chosen, fold(0, member.name, key))
-            if old is not None and old.shape == slot.shape and old.device.type != "meta":
-                slots[key].copy_(old)
+            slots[key] = new_slot(slot, p, None, fold(0, member.name, key))
+        for key in (key for key in slots if key in have and not is_scale(key, slots)):
+            old = have[key]
+            if old is not slots[key] and old.shape == slots[key].shape and old.device.type != "meta":
+                transfer(have, slots, key, fold(0, member.name, key))
         self.state[p] = slots
         if p.device.type != "cpu":  # counted on the device, where asking would synchronise
             self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
@@ -273,14 +309,10 @@ class ZooOptimizer(torch.optim.Optimizer):
         # torch keeps three attributes; ours would be lost by copy and pickle without this.
         self._remember()
         kept = ("memory_history", "_skips", "_device_skips", "_state_bytes")
-        return super().__getstate__() | {name: self.__dict__[name] for name in kept} | {"_plans": {}}
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept} | {"_plans": {}, "_lost": Lost()}
 
 
 ZooOptimizer.options = options_of(ZooOptimizer)  # `__init_subclass__` sees subclasses only
-
-
-def _specs(member: Member) -> dict[str, Slot]:
-    return member.route.rule.slots(matrix_shape(member.p, member.route.layout), member.route.h)
 
 
 def named_options(cls: type[ZooOptimizer], param_group: dict[str, Any]) -> dict[str, Any]:

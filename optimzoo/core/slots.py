@@ -16,10 +16,12 @@ class Slot:
 
     `dtype=None` is the precision of the computation (at least float32, the weight's own when wider), and for the
     averages of `COARSE_KINDS` the group's `state_dtype`. `fill` is a number, or a function of the tensor and a seed
-    made from the parameter's name, which fills it in place.
+    made from the parameter's name, which fills it in place. `moves` says that entries change places between steps, so
+    that no scale may be shared by a block of them.
     """
 
     shape: tuple[int, ...]
     kind: str
     dtype: torch.dtype | None = None
     fill: float | Callable[[Tensor, int], None] = 0.0
+    moves: bool = False

@@ -1,13 +1,24 @@
 """How slots are kept: their dtype, opened to the precision of the computation before the maths and closed after."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.core.slots import COARSE_KINDS, Slot
+from optimzoo.functional.quantize import blocks, dequantize, quantize_
 from optimzoo.functional.rounding import stochastic_round_
 
-STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+SCALE = "_scale"  # the codes of `exp_avg` are `exp_avg`, their scales are `exp_avg_scale`
+ERROR = "rounding_error"  # what the last rounding of a weight left out
+SMALL = 4096  # elements below which int8 saves nothing worth its error
+
+State = dict[str, Tensor]
 
 
 def compute_dtype(weight: torch.dtype) -> torch.dtype:
@@ -20,7 +31,31 @@ def slot_dtype(slot: Slot, weight: torch.dtype, state_dtype: str | None) -> torc
     if slot.dtype is not None:
         return slot.dtype
     chosen = STATE_DTYPES[state_dtype] if slot.kind in COARSE_KINDS else None
+    if chosen is torch.int8:
+        in_blocks = math.prod(slot.shape) >= SMALL and slot.fill == 0 and not slot.moves
+        unsigned = slot.kind == "second moment"
+        chosen = (torch.uint8 if unsigned else torch.int8) if in_blocks else None
     return chosen or compute_dtype(weight)
+
+
+def stored(slots: dict[str, Slot], weight: torch.dtype, state_dtype: str | None) -> dict[str, Slot]:
+    """The tensors that are kept for a rule's slots, with their dtypes: codes are followed by their scales."""
+    kept: dict[str, Slot] = {}
+    for name, slot in slots.items():
+        kept[name] = replace(slot, dtype=slot_dtype(slot, weight, state_dtype))
+        if slot.dtype is None and not kept[name].dtype.is_floating_point:  # type: ignore[union-attr]  # just given
+            kept[name + SCALE] = Slot((blocks(math.prod(slot.shape)),), "scale", torch.float32)
+    return kept
+
+
+def is_scale(name: str, state: Mapping[str, Any]) -> bool:
+    """Whether this tensor only says what another one's codes mean."""
+    return name.endswith(SCALE) and name.removesuffix(SCALE) in state
+
+
+def slot_names(state: State) -> list[str]:
+    """The rule's own slots: neither the counter nor what the engine keeps beside them."""
+    return [name for name in state if name not in ("step", ERROR) and not is_scale(name, state)]
 
 
 def new_slot(slot: Slot, like: Tensor, state_dtype: str | None, seed: int) -> Tensor:
@@ -38,15 +73,34 @@ def fill_slot(slot: Slot, tensor: Tensor, seed: int) -> None:
         tensor.fill_(slot.fill)
 
 
-def open_slot(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
     """The slot itself, or a working copy when it is kept more coarsely than `dtype`."""
+    tensor, scale = state[name], state.get(name + SCALE)
+    if scale is not None:
+        return dequantize(tensor, scale, dtype)
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
 
 
-def close_slot(tensor: Tensor, opened: Tensor, seed: int | Tensor) -> None:
+def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor) -> None:
     """Write a working copy back, rounded without bias; nothing to do when the slot itself was used."""
-    if opened is not tensor:
-        stochastic_round_(tensor, opened, seed)
+    if name + SCALE in state:
+        quantize_(state[name], state[name + SCALE], opened, seed)
+    elif opened is not state[name]:
+        stochastic_round_(state[name], opened, seed)
+
+
+def transfer(source: State, target: State, name: str, seed: int) -> None:
+    """Copy one slot between states that may keep it in different ways; to the bit when they keep it alike."""
+    codes, scale = target[name], target.get(name + SCALE)
+    if scale is not None and name + SCALE in source and source[name].dtype == codes.dtype:
+        codes.copy_(source[name])
+        scale.copy_(source[name + SCALE])
+        return
+    values = open_slot(source, name, torch.float32) if name + SCALE in source else source[name]
+    if scale is None:
+        codes.copy_(values)
+    else:
+        quantize_(codes, scale, values.to(codes.device), seed)
 
 
 def on_host(tensor: Tensor) -> bool:

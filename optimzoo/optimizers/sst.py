@@ -26,7 +26,8 @@ class SingularValues(AdamW):
 
     @staticmethod
     def slots(shape: tuple[int, ...], h: Any) -> dict[str, Slot]:
-        return AdamW.slots(shape, h) | {"reselections": COUNTER}
+        slots = AdamW.slots(shape, h) | {"reselections": COUNTER}
+        return {name: replace(slot, moves=slot.shape == shape) for name, slot in slots.items()}  # with their values
 
 
 class Role(NamedTuple):
