@@ -4,7 +4,8 @@ from optimzoo.core.adamw import AdamW
 from optimzoo.core.hyper import hyper
 from optimzoo.core.matrix import MatrixOptimizer
 from optimzoo.core.optimizer import ZooOptimizer
+from optimzoo.core.release import release_gradients
 from optimzoo.core.routing import Route, param_groups
 from optimzoo.core.slots import Slot
 
-__all__ = ["AdamW", "MatrixOptimizer", "Route", "Slot", "ZooOptimizer", "hyper", "param_groups"]
+__all__ = ["AdamW", "MatrixOptimizer", "Route", "Slot", "ZooOptimizer", "hyper", "param_groups", "release_gradients"]
