@@ -13,6 +13,7 @@ from optimzoo.core.apply import CHUNK, apply_update
 from optimzoo.core.slots import Slot
 from optimzoo.functional import quantize
 from optimzoo.functional.quantize import BLOCK, blocks, dequantize, quantize_
+from optimzoo.functional.random import hash16
 from optimzoo.memory import Workspace
 from optimzoo.optimizers.cosmos import COSMOS
 from optimzoo.optimizers.frugal import FRUGAL
@@ -112,7 +113,7 @@ def test_an_average_does_not_stand_still(monkeypatch):
     ends = {}
     for draw in ("by chance", "to nearest"):
         if draw == "to nearest":
-            monkeypatch.setattr(quantize, "uniform", lambda n, seed, device: torch.full((n,), 0.5))
+            monkeypatch.setattr(quantize, "hash16", lambda n, seed, device: torch.full((n,), 2**15))
         state = dict(zip(("v", "v_scale"), coded(torch.ones_like(target), torch.uint8), strict=True))
         for step in range(1500):
             opened = storage.open_slot(state, "v", torch.float32).lerp_(target, 2e-3)
@@ -374,3 +375,14 @@ def test_a_skipped_step_leaves_weight_and_error_alone(monkeypatch):
     before = w.clone()
     apply_update(w, torch.ones(1), 0.1, 0.1, torch.tensor(False), False, error=error)
     assert torch.equal(w, before)
+
+
+def test_two_numbers_from_one_hash_are_as_good_as_one_each():
+    drawn = hash16(100_001, 7).double()
+    assert drawn.shape == (100_001,)
+    assert drawn.min() >= 0
+    assert drawn.max() < 2**16
+    assert abs(drawn.mean() / 2**16 - 0.5) < 4 * (1 / 12) ** 0.5 / 100_001**0.5
+    halves = torch.stack([drawn[:50_000], drawn[50_001:]])
+    assert abs(torch.corrcoef(halves)[0, 1]) < 0.02
+    assert not torch.equal(hash16(1000, 8), hash16(1000, 7))

@@ -13,7 +13,7 @@ that changes by a thousandth a step would stand still. Blocks: Dettmers et al. 2
 import torch
 from torch import Tensor
 
-from optimzoo.functional.random import uniform
+from optimzoo.functional.random import hash16
 
 BLOCK = 128
 _CHUNK = 1 << 16  # elements handled at a time, whole blocks: temporaries do not grow with the tensor
@@ -47,7 +47,8 @@ def _encode(x: Tensor, signed: bool, seed: int | Tensor) -> tuple[Tensor, Tensor
     low = (size.sqrt() if signed else size.sqrt().sqrt_()).mul_(top).floor_().clamp_(0, top - 1)
     below, above = _level(low / top, signed), _level((low + 1) / top, signed)
     chance = (size - below).div_(above.sub_(below))
-    codes = low.add_(chance > uniform(x.numel() + -x.numel() % BLOCK, seed, x.device).view_as(rows))
+    drawn = hash16(rows.numel(), seed, x.device).view_as(rows).to(torch.float32).add_(0.5)
+    codes = low.add_(chance.mul_(2**16) > drawn)
     # An unsigned zero would be a division by almost nothing where its root divides.
     codes = codes.mul_(rows.sign()) if signed else torch.where(size > 0, codes.clamp_(min=1), 0)
     return codes.view(-1)[: x.numel()], scale

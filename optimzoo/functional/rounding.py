@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optimzoo.functional.random import hash32
+from optimzoo.functional.random import hash16
 
 _CHUNK = 1 << 16  # elements rounded at a time: the random bits need 8 bytes each
 
@@ -20,7 +20,7 @@ def stochastic_round_(target: Tensor, source: Tensor, seed: int | Tensor) -> Ten
     for start in range(0, flat.numel(), _CHUNK):
         piece = exact[start : start + _CHUNK].to(torch.float32, copy=True)
         bits = piece.view(torch.int32)
-        noise = hash32(piece.numel(), seed + start, piece.device).bitwise_and_(0xFFFF).to(torch.int32)
+        noise = hash16(piece.numel(), seed + start, piece.device).to(torch.int32)
         rounded = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
         flat[start : start + _CHUNK].copy_(torch.where(piece.isfinite(), rounded, piece))
     return target
