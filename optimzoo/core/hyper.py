@@ -36,13 +36,16 @@ class Hyper:
         """The value as it is stored; ValueError or TypeError names the option and what it may be."""
         if self.parse is not None:
             value = self.parse(value)
+        if value is None and self.default is None:
+            return value
         if self.one_of:
             if not any(value is allowed or value == allowed for allowed in self.one_of):
                 raise ValueError(f"{owner}: {name}={value!r} is not known; it must be {self.bounds}")
             return value
-        if isinstance(self.default, tuple):
+        if isinstance(self.default, tuple) and isinstance(self.default[0], float):
             return self._check_tuple(owner, name, value)
-        self._check_number(owner, name, value)
+        if isinstance(self.default, bool | int | float) or self.bounds:
+            self._check_number(owner, name, value)
         return value
 
     def _check_tuple(self, owner: str, name: str, value: Any) -> tuple:
