@@ -51,7 +51,7 @@ def test_refuses_unknown_and_impossible_options_by_name(cls):
     with pytest.raises(TypeError, match=r"groups have no option 'weight_decya'; did you mean 'weight_decay'\?"):
         cls([{"params": list(model.parameters()), "weight_decya": 0.1, "fallback": True}])
     for name, option in cls.options.items():
-        nonsense = ["no such", (), (0.5, 7.0), float("nan")]
+        nonsense = ["no such", (), (0.5, 7.0), float("nan"), float("inf")]
         for bound, out in ((option.ge, -1), (option.gt, 0), (option.le, 1), (option.lt, 0)):
             if bound is not None:
                 beyond = type(bound)(bound + out)
@@ -319,7 +319,7 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
                 monkeypatch.setattr(module, "on_host", lambda t: False)
         for step in range(6):
             give_gradients(model.parameters(), step)
-            if step in (2, 3):
+            if step in (0, 2, 3):  # also where bases are found
                 list(model.parameters())[3].grad.view(-1)[0] = float("nan")
             opt.step()
         results.append(weights(model) + [t.clone() for slots in opt.state.values() for t in slots.values()])
@@ -419,6 +419,53 @@ def test_awkward_shapes(cls, dtype):
             assert torch.isfinite(p).all()
             assert p.numel() == 0 or p is model.p3 or not torch.equal(old, p), tuple(p.shape)
     assert torch.equal(model.p3, frozen)
+
+
+@plain
+def test_a_frozen_parameter_keeps_its_state(cls):
+    model = tiny()
+    opt = cls(model, **short_options(cls))
+    train(model, opt, 0, 2)
+    p = model.square.weight
+    before = {key: t.clone() for key, t in opt.state[p].items()}
+    p.requires_grad_(False)
+    opt.memory()
+    saved = reload(opt.state_dict())
+    train(model, opt, 2, 3)
+    assert all(torch.equal(t, before[key]) for key, t in opt.state[p].items())
+    other = tiny()
+    resumed = cls(other, **short_options(cls))
+    other.square.weight.requires_grad_(False)
+    resumed.state.pop(other.square.weight)
+    resumed.load_state_dict(saved)
+    assert resumed.state[other.square.weight].keys() == before.keys()
+
+
+@plain
+def test_narrow_averages_of_narrow_weights_still_move(cls):
+    """Rounded to nearest, an average with decay 0.999 in bfloat16 stands still for ever."""
+    p = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    opt = cls([("w", p)], state_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    before = {key: t.float().mean().item() for key, t in opt.state[p].items() if t.dtype == torch.bfloat16}
+    p.grad = torch.full_like(p, 1e-3)
+    for _ in range(300):
+        opt.step()
+    for key, t in opt.state[p].items():
+        if key in before:
+            assert t.float().mean().item() < 0.9 * before[key], key
+
+
+@plain
+def test_a_refused_gradient_leaves_no_half_step(cls):
+    model = nn.Sequential(nn.Embedding(9, 16, sparse=True), nn.Linear(16, 16))
+    opt = cls(model)
+    before = weights(model)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert same(weights(model), before)
 
 
 @plain
