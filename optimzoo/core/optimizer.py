@@ -46,7 +46,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     check_finite: bool = hyper(True, doc="leave weights and state alone where a gradient holds NaN or infinity")
 
     paper: ClassVar[str] = ""
-    workspace: ClassVar[float] = 1.0  # temporaries of a step, as a multiple of the largest parameter in float32
+    workspace: ClassVar[float] = 1.0  # temporaries of a step with float32 throughout, in largest parameters
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
