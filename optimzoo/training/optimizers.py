@@ -1,7 +1,7 @@
 """A recipe's optimizer section becomes torch optimizers: a class of the zoo, or torch's own as a baseline."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +56,40 @@ def _groups(model: nn.Module, lr: float, fallback_lr: float | None) -> list[dict
 
 
 def _checked(kind: type[Optimizer], options: Options) -> Options:
-    known = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
-    for name in options:
+    known = {n: p.default for n, p in inspect.signature(kind).parameters.items() if n not in ("params", "lr")}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in options.items():
         if name not in known:
             raise TypeError(f"no option is called {name!r}{nearest(name, known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        if not _like(value, known[name]):
+            default = list(known[name]) if isinstance(known[name], tuple) else known[name]
+            raise TypeError(f"{name}={value!r} must be like its default {default}")
+    return options
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether `value` is of the default's sort: a truth value, a number, or as many numbers; None says nothing."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_like, value, default))
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (default is None or isinstance(default, bool))
+    return not isinstance(default, int | float) or isinstance(value, int | float)
+
+
+def _made(kind: Callable[..., Optimizer], model: nn.Module, params: Sequence[Any], options: Options) -> Optimizer:
+    """An optimizer whose options torch takes: some are read in a step only, so a toy makes one first."""
+    toy = nn.Parameter(torch.ones(2, 2, device=next(model.parameters()).device))
+    toy.grad = torch.ones_like(toy)
+    try:
+        kind([toy], **options).step()
+    except Exception as error:  # nothing but the options can be wrong here
+        raise ValueError(error) from error
+    return kind(params, **options)
 
 
 def _plain(kind: type[Optimizer], **defaults: Any) -> Callable[..., list[Optimizer]]:
     def build(model: nn.Module, lr: float, fallback_lr: float | None, options: Options) -> list[Optimizer]:
-        return [kind(_groups(model, lr, fallback_lr), lr=lr, **defaults | _checked(kind, options))]  # type: ignore[call-arg]
+        return [_made(kind, model, _groups(model, lr, fallback_lr), {"lr": lr} | defaults | _checked(kind, options))]
 
     return build
 
@@ -81,8 +105,8 @@ def _muon(model: nn.Module, lr: float, fallback_lr: float | None, options: Optio
     matrices = [group["params"] for group in param_groups(model) if group["name"] == "matrices"]
     rest = [group for group in _groups(model, lr, fallback_lr) if group["params"] not in matrices]
     return [
-        torch.optim.Muon([p for names in matrices for p in names], lr=lr, **muon),
-        AdamW(rest, lr=lr, fused=True, **_checked(AdamW, adam)),
+        _made(torch.optim.Muon, model, [p for names in matrices for p in names], {"lr": lr} | muon),
+        _made(AdamW, model, rest, {"lr": lr, "fused": True} | _checked(AdamW, adam)),
     ]
 
 
