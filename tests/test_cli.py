@@ -116,6 +116,14 @@ def test_run_and_resume(command, recipe: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads((tmp_path / "runs" / "toy" / "result.json").read_text())
     assert "optimizer.lr" in refused(command("run", recipe, "--resume", "--set", "optimizer.lr=1e-3"))
+    before = (tmp_path / "runs" / "toy" / "loss.png").stat().st_mtime_ns
+    (tmp_path / "runs" / "toy" / "memory.png").unlink()  # as a kill between the result and the pictures leaves it
+    assert command("run", recipe, "--resume")[0] == 0
+    assert (tmp_path / "runs" / "toy" / "memory.png").stat().st_size
+    now = (tmp_path / "runs" / "toy" / "loss.png").stat().st_mtime_ns
+    assert now > before
+    assert command("run", recipe, "--resume")[0] == 0
+    assert (tmp_path / "runs" / "toy" / "loss.png").stat().st_mtime_ns == now  # nothing was missing
 
 
 def test_json_prints_nothing_else(command, recipe: Path) -> None:
@@ -142,6 +150,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(command, recipe: Path, tmp_
     assert "no optimizer is called 'galor'" in refused(command("run", recipe, "--set", "optimizer.name=galor"))
     assert "rank=0" in refused(command("run", recipe, "--set", "optimizer={name: cosmos, lr: 1, rank: 0}"))
     assert "cannot read /no/such" in refused(command("run", recipe, "--set", "data.path=/no/such", "--out", "o"))
+    assert "names a seed twice" in refused(command("compare", recipe, "--seeds", "0,0", "--jobs", 2))
     (tmp_path / "file").write_text("")
     assert "cannot make the folder" in refused(command("run", recipe, "--out", tmp_path / "file" / "x"))
     code, _, err = command("run", recipe, "--no-such-option")
@@ -174,9 +183,25 @@ def test_a_foreign_checkpoint(command, recipe: Path, tmp_path: Path) -> None:
     assert "is not a checkpoint of an optimzoo run" in refused(command("run", recipe, "--resume"))
     torch.save(state | {"key": "other"}, run / "checkpoint.pt")
     assert "belongs to another recipe" in refused(command("run", recipe, "--resume"))
+    torch.save({key: part for key, part in state.items() if key != "key"}, run / "checkpoint.pt")
+    assert "belongs to another recipe" in refused(command("run", recipe, "--resume"))
+    for part in ({"optimizers": [[]]}, {"optimizers": [{**state["optimizers"][0], "state": []}]}, {"step": "x"}):
+        torch.save(state | part, run / "checkpoint.pt")
+        assert "does not fit the model and optimizer" in refused(command("run", recipe, "--resume"))
     del state["model"]["lm_head.weight"]
     torch.save(state, run / "checkpoint.pt")
     assert "does not fit the model" in refused(command("run", recipe, "--resume"))
+
+
+def test_other_damaged_files(command, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "toy"
+    command("run", recipe)
+    (run / "result.json").write_text("[1]")
+    assert command("run", recipe, "--resume")[0] == 0  # made again from the checkpoint
+    assert isinstance(json.loads((run / "result.json").read_text()), dict)
+    (run / "result.json").unlink()
+    (run / "recipe.yaml").write_bytes(b"\xff\xfe")
+    assert "recipe.yaml is damaged" in refused(command("run", recipe, "--resume"))
 
 
 def test_a_missing_extra_is_one_sentence() -> None:

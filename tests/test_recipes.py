@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from optimzoo.training import UserError, compare, load, train
+from optimzoo.memory import ledger
+from optimzoo.training import UserError, compare, load, results, train
 from optimzoo.training.data import _excluded, build_corpus
 from optimzoo.training.folder import Folder
 from optimzoo.training.model import build_model, loss_of
@@ -18,6 +19,7 @@ from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.schedule import factor
 from optimzoo.training.sections import Schedule, Sweep
 from optimzoo.training.sweep import beyond, protocol
+from optimzoo.training.trainer import update
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -109,6 +111,10 @@ WRONG = {
     "model.heads=5": ("hidden_size=16 must be a multiple of 2 * heads=10",),
     "model.size=61m": ("model.size='61m'", "'60m'"),
     "modules=[{match: x}]": ("modules.0.kind is missing",),
+    "seed=99999999999999999999999999": ("seed=9999", "must be less than 9223372036854775808"),
+    "seeds=[0, -1]": ("seeds.1=-1", "greater than or equal to 0"),
+    "seeds=[0, 1, 0]": ("seeds: [0, 1, 0] names a seed twice; name each once",),
+    "threads=100000000": ("threads=100000000", "less than or equal to 1024"),
 }
 
 
@@ -130,6 +136,12 @@ WRONG_RUNS = {
     "model.vocab=32": ("model.vocab=32 is too small", "256"),
     "model={name: transformers, config: /nowhere.json}": ("model.config: /nowhere.json",),
     "modules=[{kind: spektral}]": ("modules: no layer is called 'spektral'",),
+    "optimizer={name: torch.muon, lr: 1e-3, ns_steps: 500}": ("optimizer torch.muon: ", "steps", "less than 100"),
+    "optimizer={name: torch.muon, lr: 1e-3, nesterov: off}": ("nesterov='off' must be like its default True",),
+    "optimizer={name: torch.adamw, lr: 1e-3, betas: 3}": (
+        "torch.adamw: betas=3 must be like its default [0.9, 0.999]",
+    ),
+    "optimizer={name: torch.adamw, lr: 1e-3, eps: x}": ("torch.adamw: eps='x' must be like its default 1e-08",),
 }
 
 
@@ -138,6 +150,26 @@ def test_what_only_a_run_can_find_is_refused_too(change: str, text: Path, tmp_pa
     with pytest.raises(UserError) as caught:
         train(toy(text, change), tmp_path / "run", quiet=True)
     for part in WRONG_RUNS[change]:
+        assert part in str(caught.value)
+
+
+WRONG_CONFIGS = {
+    '{"n_embd": "x"}': ("config.json is no causal language model's configuration", "'n_embd'"),
+    '{"n_head": 0}': ("config.json is no causal language model's configuration", "zero"),
+    '{"n_positions": 15}': ("the model has 15 positions", "data.sequence=16"),
+    '{"vocab_size": 255}': ("vocab_size=255 is too small: the data has 256 different tokens",),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONFIGS)
+def test_wrong_transformers_configs_are_refused(wrong: str, text: Path, tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 256, "n_positions": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config | json.loads(wrong)))
+    with pytest.raises(UserError, match=r"^model\.config: ") as caught:
+        train(
+            toy(text, f"model={{name: transformers, config: '{tmp_path}/config.json'}}"), tmp_path / "run", quiet=True
+        )
+    for part in WRONG_CONFIGS[wrong]:
         assert part in str(caught.value)
 
 
@@ -240,6 +272,19 @@ def test_hugging_face_data_and_tokenizer(
 
 
 # The loop.
+
+
+@pytest.mark.parametrize("name", ["adamw", "cosmos", "torch.adamw"])
+def test_bytes_of_a_step_are_those_of_a_walk(name: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(toy(text), torch.device("cpu"))
+    optimizers = build_optimizers(model, name, 1e-2, None, {"rank": 4} if name == "cosmos" else {})
+    loss_of(model, build_corpus(toy(text)).batch(0, 0, 0, 2, 16)).backward()
+    update(optimizers)
+    walked = sum(ledger(optimizer).total for optimizer in optimizers)
+    calls: list[object] = []
+    monkeypatch.setattr(results, "ledger", lambda optimizer: calls.append(optimizer) or ledger(optimizer))
+    assert results.state_bytes(optimizers) == walked > 0
+    assert len(calls) == name.startswith("torch.")
 
 
 def test_schedule_is_its_formula() -> None:

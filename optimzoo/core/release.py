@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimzoo.core.engine import Member
+from optimzoo.core.engine import Member, check_gradient
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.ranks import alone
 
@@ -97,6 +97,7 @@ class Release:
                 "released gradients there is one backward a step, and reentrant checkpointing of a shared weight "
                 "needs use_reentrant=False"
             )
+        check_gradient(p, member.name)
         self._done.add(p)
         self.opt.step_members(index, [member])
         p.grad = None

@@ -65,6 +65,7 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.recipe = path / "recipe.yaml"
+        self.pictures = (path / "loss.png", path / "memory.png")
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """Make the folder a home for `recipe`: a new one, or with `resume` the one that already is."""
@@ -80,7 +81,11 @@ class Folder:
         write_text(self.recipe, header + yaml.safe_dump(recipe.run(), sort_keys=False))
 
     def _same(self, recipe: Recipe) -> None:
-        other = validate(parse(self.recipe.read_text(), str(self.recipe)), str(self.recipe))
+        try:
+            text = self.recipe.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.recipe} is damaged: {error}; choose another --out") from error
+        other = validate(parse(text, str(self.recipe)), str(self.recipe))
         if other.key != recipe.key:
             raise UserError(f"{self.path} holds another run ({difference(other, recipe)}); choose another --out")
 
@@ -100,17 +105,17 @@ class Folder:
             raise UserError(f"{self.checkpoint} is damaged or no checkpoint of torch; {remedy}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise UserError(f"{self.checkpoint} is not a checkpoint of an optimzoo run; {remedy}")
-        if state["key"] != recipe.key:
+        if state.get("key") != recipe.key:
             raise UserError(f"{self.checkpoint} belongs to another recipe; {remedy}")
         return state
 
     def finished(self, recipe: Recipe) -> dict[str, Any] | None:
         """The result of a finished run of this very recipe."""
         try:
-            result = json.loads(self.result.read_text())
+            result = json.loads(self.result.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return result if result.get("key") == recipe.key else None
+        return result if isinstance(result, dict) and result.get("key") == recipe.key else None
 
     @contextlib.contextmanager
     def log(self, step: int) -> Iterator["Log"]:

@@ -1,5 +1,7 @@
 """Transformers models with random weights, converted as the recipe says."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,9 +45,25 @@ def _from_config(recipe: Recipe) -> nn.Module:
         config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
         config.use_cache = False
         return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        first = str(error).split("\n")[0]
-        raise UserError(f"model.config: {spec.config} is no causal language model's configuration: {first}") from error
+    except Exception as error:  # every architecture checks its own fields, with errors of its own
+        text = " ".join(str(error).split("\n")[:2])
+        raise UserError(f"model.config: {spec.config} is no causal language model's configuration: {text}") from error
+
+
+def check_room(model: nn.Module, sequence: int, vocab: int) -> None:
+    """Make sure that the model's configuration has a position for every token and a row for every word of the data."""
+    config: Any = model.config
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    if 0 < positions < sequence:  # models without a limit have none, 0 or -1
+        raise UserError(
+            f"model.config: the model has {positions} positions (max_position_embeddings), too few for "
+            f"data.sequence={sequence}; make one of them fit the other"
+        )
+    if config.vocab_size < vocab:
+        raise UserError(
+            f"model.config: vocab_size={config.vocab_size} is too small: the data has {vocab} different tokens"
+        )
 
 
 def convert(model: nn.Module, conversion: Conversion) -> list[str]:

@@ -1,11 +1,12 @@
 """A recipe's optimizer section becomes torch optimizers: a class of the zoo, or torch's own as a baseline."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from optimzoo import registry
 from optimzoo.core.hyper import nearest
@@ -55,31 +56,57 @@ def _groups(model: nn.Module, lr: float, fallback_lr: float | None) -> list[dict
 
 
 def _checked(kind: type[Optimizer], options: Options) -> Options:
-    known = [name for name in inspect.signature(kind).parameters if name not in ("params", "lr")]
-    for name in options:
+    known = {n: p.default for n, p in inspect.signature(kind).parameters.items() if n not in ("params", "lr")}
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, value in options.items():
         if name not in known:
             raise TypeError(f"no option is called {name!r}{nearest(name, known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        if not _like(value, known[name]):
+            default = list(known[name]) if isinstance(known[name], tuple) else known[name]
+            raise TypeError(f"{name}={value!r} must be like its default {default}")
+    return options
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether `value` is of the default's sort: a truth value, a number, or as many numbers; None says nothing."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and len(value) == len(default) and all(map(_like, value, default))
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (default is None or isinstance(default, bool))
+    return not isinstance(default, int | float) or isinstance(value, int | float)
+
+
+def _made(kind: Callable[..., Optimizer], model: nn.Module, params: Sequence[Any], options: Options) -> Optimizer:
+    """An optimizer whose options torch takes: some are read in a step only, so a toy makes one first."""
+    toy = nn.Parameter(torch.ones(2, 2, device=next(model.parameters()).device))
+    toy.grad = torch.ones_like(toy)
+    try:
+        kind([toy], **options).step()
+    except Exception as error:  # nothing but the options can be wrong here
+        raise ValueError(error) from error
+    return kind(params, **options)
 
 
 def _plain(kind: type[Optimizer], **defaults: Any) -> Callable[..., list[Optimizer]]:
     def build(model: nn.Module, lr: float, fallback_lr: float | None, options: Options) -> list[Optimizer]:
-        return [kind(_groups(model, lr, fallback_lr), lr=lr, **defaults | _checked(kind, options))]  # type: ignore[call-arg]
+        return [_made(kind, model, _groups(model, lr, fallback_lr), {"lr": lr} | defaults | _checked(kind, options))]
 
     return build
 
 
 def _muon(model: nn.Module, lr: float, fallback_lr: float | None, options: Options) -> list[Optimizer]:
     """Muon for the hidden matrices, with steps of AdamW's size, and AdamW for embeddings, head and vectors."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError("optimizer torch.muon: this torch has no Muon; it came with torch 2.9")
     adam = {name: options.pop(f"fallback_{name}") for name in ("betas", "eps") if f"fallback_{name}" in options}
     if "weight_decay" in options:
         adam["weight_decay"] = options["weight_decay"]
-    muon: Options = {"adjust_lr_fn": "match_rms_adamw"} | _checked(Muon, options)
+    muon: Options = {"adjust_lr_fn": "match_rms_adamw"} | _checked(torch.optim.Muon, options)
     matrices = [group["params"] for group in param_groups(model) if group["name"] == "matrices"]
     rest = [group for group in _groups(model, lr, fallback_lr) if group["params"] not in matrices]
     return [
-        Muon([p for names in matrices for p in names], lr=lr, **muon),
-        AdamW(rest, lr=lr, fused=True, **_checked(AdamW, adam)),
+        _made(torch.optim.Muon, model, [p for names in matrices for p in names], {"lr": lr} | muon),
+        _made(AdamW, model, rest, {"lr": lr, "fused": True} | _checked(AdamW, adam)),
     ]
 
 

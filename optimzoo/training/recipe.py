@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
@@ -30,6 +30,8 @@ from optimzoo.training.sections import (
     Wandb,
 )
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
+
 
 class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
@@ -46,11 +48,18 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     wandb: Wandb = Wandb()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, gt=0, le=1024)
+    seed: Seed = 0
     compare: tuple[Entry, ...] = ()
     sweep: Sweep | None = None
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} names a seed twice; name each once")
+        return seeds
 
     def run(self) -> dict[str, Any]:
         """Everything that describes one run, as plain data."""

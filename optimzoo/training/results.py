@@ -24,7 +24,14 @@ def held(optimizer: Optimizer) -> Ledger:
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
     """What several optimizers remember together."""
-    return sum(ledger(optimizer).total for optimizer in optimizers)
+    return sum(_bytes(optimizer) for optimizer in optimizers)
+
+
+def _bytes(optimizer: Optimizer) -> int:
+    """Bytes after the last step: the zoo's own have written them down, others are walked."""
+    if isinstance(optimizer, ZooOptimizer) and optimizer.memory_history:
+        return optimizer.memory_history[-1].state_bytes
+    return ledger(optimizer).total
 
 
 def summarise(

@@ -14,7 +14,7 @@ from optimzoo.training import progress, report
 from optimzoo.training.data import Corpus, build_corpus, words
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
-from optimzoo.training.model import build_model, loss_of
+from optimzoo.training.model import build_model, check_room, loss_of
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
@@ -30,6 +30,8 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
     """
     home = Folder(Path(folder))
     if resume and (result := home.finished(recipe)):
+        if not all(picture.exists() for picture in home.pictures):  # killed while it drew them
+            draw(home, result)
         return result
     home.open(recipe, resume)
     with surroundings(recipe) as device:
@@ -43,6 +45,7 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
     code()  # before anybody changes the sources that this process has loaded
     corpus = build_corpus(recipe)
     model = build_model(recipe, device)
+    check_room(model, data.sequence, corpus.vocab)
     optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
     first = restore(recipe, home, device, model, optimizers, schedulers)
@@ -154,12 +157,13 @@ def restore(
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        return int(state["step"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
-    return state["step"]
 
 
 def draw(home: Folder, result: dict[str, Any]) -> None:
     """The run's two pictures."""
-    report.draw_loss({result["label"]: [home.path]}, home.path / "loss.png")
-    report.draw_memory([result], home.path / "memory.png")
+    loss, memory = home.pictures
+    report.draw_loss({result["label"]: [home.path]}, loss)
+    report.draw_memory([result], memory)
