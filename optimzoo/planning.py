@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from optimzoo import registry
 from optimzoo.core import ZooOptimizer, param_groups
 from optimzoo.memory.ledger import human
-from optimzoo.memory.plan import Make, Plan, Unplannable
+from optimzoo.memory.plan import Plan
 from optimzoo.memory.plan import plan as plan_made
+from optimzoo.memory.rehearsal import Make, Unplannable
 
 LARGEST_BATCH = 1 << 16
 Model = nn.Module | Callable[[], nn.Module]
@@ -144,16 +145,18 @@ def fit(
             forward[size] = plan(model, None, batch_of(size), **how).peak
         return max(forward[size] + alone.state, alone.peak)
 
-    rows = []
+    if not how.get("release"):
+        forward[batch] = plan(model, None, batch_of(batch), **how).peak  # a model without a plan is told here
+    rows: list[Row] = []
     for name, make in makes.items():
         if getattr(make, "needs_model", False) and "convert" not in how:
             continue
         try:
             alone = plan(model, make, None, **how)
             known = None if how.get("release") else alone
-            found = peak_of(make, known, batch)
-            most = largest(lambda size, make=make, known=known: peak_of(make, known, size), memory)  # type: ignore[misc]
-            rows.append(Row(name, found, alone.state, alone.workspace, most))
+            peak = cache(lambda size, make=make, known=known: peak_of(make, known, size))
+            most = largest(peak, memory, rows[-1].batch if rows else batch)  # methods differ little in it
+            rows.append(Row(name, peak(batch), alone.state, alone.workspace, most))
         except (Unplannable, ValueError) as error:
             if getattr(make, "needs_model", False):
                 continue  # the conversion made no layers for it
@@ -162,13 +165,12 @@ def fit(
     return Fit(memory, batch, tuple(rows))
 
 
-def largest(peak: Callable[[int], int], memory: int) -> int:
+def largest(peak: Callable[[int], int], memory: int, guess: int = 2) -> int:
     """The largest batch size whose peak fits, 0 when none does; `peak` must not fall with the size."""
     low, high = 1, LARGEST_BATCH
     at_low = peak(low)
     if at_low > memory:
         return 0
-    guess = 2
     while low < high:
         guess = min(max(guess, low + 1), high)
         at_guess = peak(guess)

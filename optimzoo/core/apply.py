@@ -18,7 +18,7 @@ def flat(tensor: Tensor) -> Tensor | None:
 def pieces(tensor: Tensor) -> Iterable[int]:
     """Where the tensor's pieces of `CHUNK` elements begin.
 
-    Without values the first two stand for all: the others cost the same, and a plan of a large model would take minutes.
+    Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
     """
     starts = range(0, tensor.numel(), CHUNK)
     return starts if has_values(tensor) else starts[:2]

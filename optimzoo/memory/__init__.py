@@ -2,8 +2,9 @@
 
 from optimzoo.memory.history import History, StepMemory, track
 from optimzoo.memory.ledger import KINDS, Entry, Ledger, ledger
-from optimzoo.memory.plan import Plan, Unplannable, plan
+from optimzoo.memory.plan import Plan, plan
 from optimzoo.memory.reach import plain_tensors
+from optimzoo.memory.rehearsal import Unplannable
 from optimzoo.memory.workspace import Workspace
 
 __all__ = [

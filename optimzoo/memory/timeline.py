@@ -78,9 +78,10 @@ class Timeline(Workspace):
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Inside, an optimizer steps: what it holds beyond that is workspace."""
-        before, self.peak = self.peak, self.live
+        before, start, self.peak = self.peak, self.live, self.live
         yield
-        self.step_workspace = max(self.step_workspace, self.peak - self.live)
+        # Not simply minus the end: garbage from before the step may be collected in it.
+        self.step_workspace = max(self.step_workspace, self.peak - max(start, self.live))
         self.peak = max(before, self.peak)
 
 
