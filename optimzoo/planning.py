@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ def fit(
         try:
             alone = plan(model, make, None, **how)
             known = None if how.get("release") else alone
-            peak = cache(lambda size, make=make, known=known: peak_of(make, known, size))
+            peak = cache(partial(peak_of, make, known))
             most = largest(peak, memory, rows[-1].batch if rows else batch)  # methods differ little in it
             rows.append(Row(name, peak(batch), alone.state, alone.workspace, most))
         except (Unplannable, ValueError) as error:

@@ -51,8 +51,7 @@ def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 MAKES: dict[str, Callable] = {
     **PLAIN,
-    **{f"frugal {how}": lambda m, how=how: optimzoo.FRUGAL(m, projection=how) for how in ("svd", "randk")},
-    "swan exact": lambda m: optimzoo.SWAN(m, backend="exact"),
+    **{f"frugal {how}": lambda m, how=how: optimzoo.FRUGAL(m, projection=how) for how in ("svd",)},
     "bfloat16 state": lambda m: optimzoo.COSMOS(m, state_dtype=torch.bfloat16),
     "torch AdamW": lambda m: AdamW(m.parameters(), foreach=False),
     "torch AdamW foreach": lambda m: AdamW(m.parameters(), foreach=True),
@@ -124,6 +123,11 @@ def _start(event) -> int:
 def test_what_cannot_be_planned_is_named() -> None:
     with pytest.raises(Unplannable, match=r"torch's Adafactor cannot be planned: it reads the value"):
         optimzoo.plan(tiny(), lambda m: Adafactor(m.parameters()))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(Unplannable, match=r"^torch's Adafactor"):
+        optimzoo.plan(tiny(), lambda m: Adafactor(m.parameters()), tokens, release=True)
+    with pytest.raises(Unplannable, match="give plan a loss="):
+        optimzoo.plan(tiny().requires_grad_(False), None, tokens)
 
     class Reads(nn.Linear):
         def forward(self, x):

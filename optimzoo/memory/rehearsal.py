@@ -109,11 +109,14 @@ class Rehearsal:
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The output's `loss`, or the mean of its first tensor."""
     output = call(model, batch)
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(found, Tensor):
         return found
-    first = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+    first = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad), None)
+    if first is None:
+        raise ValueError("nothing in its output requires a gradient; give plan a loss=")
     return first.float().mean()
 
 
@@ -127,6 +130,8 @@ def _named(who: str) -> Iterator[None]:
     """What fails on fake tensors is told by name."""
     try:
         yield
+    except Unplannable:
+        raise
     except Exception as error:
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "_local_scalar_dense" in detail:

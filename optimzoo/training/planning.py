@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from optimzoo import planning
 from optimzoo.core.hyper import nearest
@@ -57,11 +59,10 @@ def plans(recipe: Recipe, **how: Any) -> dict[str, Plan | UserError]:
     """Label -> plan of every entry of the recipe, or what keeps the entry from having one."""
     found: dict[str, Plan | UserError] = {}
     for label, entry in recipe.entries().items():
-        spec = entry.optimizer
         try:
             found[label] = planning.plan(
-                lambda entry=entry: blueprint(entry),  # type: ignore[misc]
-                lambda m, spec=spec: build_optimizers(m, spec.name, spec.lr, spec.fallback_lr, spec.options),  # type: ignore[misc]
+                partial(blueprint, entry),
+                partial(_optimizers, entry),
                 _batch(entry, entry.data.batch),
                 **_how(entry, how),
             )
@@ -88,18 +89,19 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
         raise UserError(str(error)) from error
 
 
+def _optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
+    spec = recipe.optimizer
+    return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+
+
 def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
     """The options of `plan` that a recipe decides, and those that are given."""
     device = how.get("device") or recipe.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
-    decided = {"loss": _loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
+    decided = {"loss": loss_of, "accumulate": recipe.data.accumulate, "autocast": autocast}
     return {**decided, **how, "device": device}
-
-
-def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    return loss_of(model, tokens)
 
 
 def _batch(recipe: Recipe, size: int) -> Tensor:
