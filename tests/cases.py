@@ -8,14 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import ZooOptimizer
+from optimzoo.modules import convert, kinds
 from optimzoo.registry import optimizers
 
-PLAIN = {name: cls for name, cls in optimizers().items() if not cls.needs_model}
-SHORT = {"update_gap": 3}  # options that make schedules turn within a few steps, where a class has them
+ALL = optimizers()
+PLAIN = {name: cls for name, cls in ALL.items() if not cls.needs_model}
+# Options that make schedules turn within a few steps, where a class has them.
+SHORT = {"update_gap": 3, "resample_every": 3, "warmup": 1, "reselect_every": 3, "accumulate": 1, "total_steps": 200}
+LAYERS = {"rank": 4, "density": 0.3}  # what layers need to be told, where they have such an option
 
 
 def short_options(cls: type[ZooOptimizer]) -> dict:
     return {name: value for name, value in SHORT.items() if name in cls.options}
+
+
+def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:
+    """The optimizer on the model, whose layers are converted first where the class drives layers of its own."""
+    if cls.needs_model:
+        kind = next(kind for kind in kinds().values() if getattr(kind, "driver", None) == cls.__name__)
+        told = {name: value for name, value in LAYERS.items() if name in kind.options}
+        convert(model, kind, exclude="head", **told)
+    return cls(model, **short_options(cls) | options)
 
 
 class Tiny(nn.Module):

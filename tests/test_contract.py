@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from optimzoo.core import engine, optimizer, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.memory import KINDS, Workspace
-from tests.cases import PLAIN, bare, give_gradients, loss_of, same, short_options, tiny, train, weights
+from tests.cases import ALL, PLAIN, bare, build, give_gradients, loss_of, same, short_options, tiny, train, weights
 
-every = pytest.mark.parametrize("cls", PLAIN.values(), ids=PLAIN.keys())
+every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
+plain = pytest.mark.parametrize("cls", PLAIN.values(), ids=PLAIN.keys())  # those that need no layers of their own
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -27,7 +28,7 @@ def reload(state: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-@every
+@plain
 def test_takes_parameters_names_groups_and_modules(cls):
     model = tiny()
     with bare():
@@ -42,7 +43,7 @@ def test_takes_parameters_names_groups_and_modules(cls):
     assert sum(len(g["params"]) for g in routed) == len(list(model.parameters()))
 
 
-@every
+@plain
 def test_refuses_unknown_and_impossible_options_by_name(cls):
     model = tiny()
     with pytest.raises(TypeError, match=r"has no option 'weight_decya'; did you mean 'weight_decay'\?"):
@@ -50,7 +51,7 @@ def test_refuses_unknown_and_impossible_options_by_name(cls):
     with pytest.raises(TypeError, match=r"groups have no option 'weight_decya'; did you mean 'weight_decay'\?"):
         cls([{"params": list(model.parameters()), "weight_decya": 0.1, "fallback": True}])
     for name, option in cls.options.items():
-        nonsense = ["no such", (), (0.5, 7.0), float("nan")]
+        nonsense = ["no such", (), (0.5, 7.0), float("nan"), float("inf")]
         for bound, out in ((option.ge, -1), (option.gt, 0), (option.le, 1), (option.lt, 0)):
             if bound is not None:
                 beyond = type(bound)(bound + out)
@@ -60,7 +61,7 @@ def test_refuses_unknown_and_impossible_options_by_name(cls):
                 cls(model, **{name: value})
 
 
-@every
+@plain
 def test_refuses_what_it_cannot_optimize(cls):
     with pytest.raises(ValueError, match="got no parameters"):
         cls([])
@@ -87,17 +88,17 @@ def test_refuses_what_it_cannot_optimize(cls):
 def test_lowers_the_loss(cls, dtype):
     model = tiny(dtype=dtype)
     start = sum(loss_of(model, s).item() for s in range(4))
-    train(model, cls(model, lr=2e-2, **short_options(cls)), 0, 60)
+    train(model, build(cls, model, lr=2e-2), 0, 60)
     assert sum(loss_of(model, s).item() for s in range(4)) < 0.5 * start
 
 
 @every
 @precisions
 def test_gradients_and_the_global_generator_stay_the_callers(cls, dtype):
-    model = tiny(dtype=dtype)
     for maximize in (False, True):
+        model = tiny(dtype=dtype)
         rng = torch.get_rng_state()
-        opt = cls(model, maximize=maximize, **short_options(cls))
+        opt = build(cls, model, maximize=maximize)
         for step in range(5):
             give_gradients(model.parameters(), step)
             kept = [p.grad.clone() for p in model.parameters()]
@@ -106,7 +107,7 @@ def test_gradients_and_the_global_generator_stay_the_callers(cls, dtype):
         assert torch.equal(torch.get_rng_state(), rng), "the global generator was drawn from"
 
 
-@every
+@plain
 def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
     h = cls.hypers({})
     shape = (16, 24)
@@ -115,9 +116,9 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
     given = slots | {"step": 1.0, "seed": 3}
     g, w = torch.randn(shape), torch.randn(shape)
     if cls.refresh is not None:
-        cls.refresh(g, w, h, **{k: given[k] for k in engine.keywords(cls.refresh)})
+        cls.refresh(g, w, h, **{k: given[k] for k in engine.keywords(cls.refresh) if k in given})
     g_before, w_before = g.clone(), w.clone()
-    u = cls.direction(g, w, h, **{k: given[k] for k in engine.keywords(cls.direction)})
+    u = cls.direction(g, w, h, **{k: given[k] for k in engine.keywords(cls.direction) if k in given})
     assert torch.equal(g, g_before)
     assert torch.equal(w, w_before)
     assert {name: t.data_ptr() for name, t in slots.items()} == places
@@ -129,10 +130,10 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
 @precisions
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["wide", "narrow"])
 def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype):
-    options = {"state_dtype": state_dtype, **short_options(cls)}
+    options = {"state_dtype": state_dtype}
     with FakeTensorMode():
         model = tiny(dtype=dtype)
-        planned = cls(model, **options)
+        planned = build(cls, model, **options)
         totals = [planned.memory().total]
         for _ in range(3):
             for p in model.parameters():
@@ -140,7 +141,7 @@ def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype):
             planned.step()
             totals.append(planned.memory().total)
     model = tiny(dtype=dtype)
-    opt = cls(model, **options)
+    opt = build(cls, model, **options)
     for step, plan in enumerate(totals):
         book = opt.memory()
         assert book.total == plan == opt._state_bytes
@@ -155,7 +156,7 @@ def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype):
 @every
 def test_state_is_plain_tensors(cls):
     model = tiny()
-    opt = cls(model, **short_options(cls))
+    opt = build(cls, model)
     train(model, opt, 0, 2)
     state = opt.state_dict()
     trainable = sum(len(g["params"]) for g in opt.param_groups)
@@ -172,17 +173,17 @@ def test_state_is_plain_tensors(cls):
 @precisions
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["wide", "narrow"])
 def test_resumes_bit_for_bit_at_every_step(cls, dtype, state_dtype):
-    options = {"state_dtype": state_dtype, "lr": 1e-2, **short_options(cls)}
+    options = {"state_dtype": state_dtype, "lr": 1e-2}
     whole = tiny(dtype=dtype)
-    train(whole, cls(whole, **options), 0, 8)
+    train(whole, build(cls, whole, **options), 0, 8)
     for stop in range(8):
         first = tiny(dtype=dtype)
-        opt = cls(first, **options)
+        opt = build(cls, first, **options)
         train(first, opt, 0, stop)
         saved, values = reload(opt.state_dict()), reload(first.state_dict())
         second = tiny(seed=1, dtype=dtype)
+        resumed = build(cls, second, **{**options, "lr": 5.0})
         second.load_state_dict(values)
-        resumed = cls(second, **{**options, "lr": 5.0})
         resumed.load_state_dict(saved)
         dtypes = [{k: t.dtype for k, t in slots.items()} for slots in opt.state.values()]
         assert [{k: t.dtype for k, t in slots.items()} for slots in resumed.state.values()] == dtypes
@@ -193,7 +194,7 @@ def test_resumes_bit_for_bit_at_every_step(cls, dtype, state_dtype):
 @every
 def test_copies_and_pickles_go_on_the_same(cls):
     model = tiny()
-    opt = cls(model, **short_options(cls))
+    opt = build(cls, model)
     train(model, opt, 0, 3)
     for twin_model, twin in (copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))):
         assert list(twin.memory_history) == list(opt.memory_history)
@@ -205,7 +206,7 @@ def test_copies_and_pickles_go_on_the_same(cls):
     assert len(opt.memory_history) == 3
 
 
-@every
+@plain
 def test_a_foreign_or_broken_checkpoint_changes_nothing(cls):
     model = tiny()
     opt = cls(model, lr=0.3, **short_options(cls))
@@ -241,7 +242,7 @@ def test_a_foreign_or_broken_checkpoint_changes_nothing(cls):
     assert calls == [len(before["state"])] * 2, "hooks must see the whole state before and after"
 
 
-@every
+@plain
 def test_loads_by_name_when_the_order_differs(cls):
     model = tiny()
     opt = cls(model.named_parameters(), **short_options(cls))
@@ -254,7 +255,7 @@ def test_loads_by_name_when_the_order_differs(cls):
     assert same(weights(model), weights(twin))
 
 
-@every
+@plain
 def test_a_parameter_does_not_depend_on_its_neighbours(cls):
     model = tiny()
     named = list(model.named_parameters())
@@ -271,7 +272,7 @@ def test_a_parameter_does_not_depend_on_its_neighbours(cls):
         assert torch.equal(p, together[i][1]), name
 
 
-@every
+@plain
 def test_every_slot_moves_within_a_period(cls):
     model = tiny()
     opt = cls(model, **short_options(cls))
@@ -283,14 +284,15 @@ def test_every_slot_moves_within_a_period(cls):
             assert not torch.equal(t, before[p][key]), f"{key} of a {tuple(p.shape)} parameter stands still"
 
 
-@every
+@plain
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_a_bad_gradient_touches_nothing_of_its_parameter(cls, poison):
     model = tiny()
     opt = cls(model, **short_options(cls))
     train(model, opt, 0, 2)
     names = dict(model.named_parameters())
-    for name in ("square.weight", "embed.weight", "norm.bias"):
+    poisoned = list(names)[:: len(names) // 3][:3]
+    for name in poisoned:
         p = names[name]
         give_gradients(model.parameters(), 7)
         p.grad.view(-1)[3] = poison
@@ -301,7 +303,7 @@ def test_a_bad_gradient_touches_nothing_of_its_parameter(cls, poison):
         assert all(torch.equal(t, slots[k]) for k, t in opt.state[p].items()), name
         moved = [not torch.equal(a, b) for a, b in zip(weights(model), others, strict=True)]
         assert sum(moved) == len(moved) - 1
-    assert opt.skipped() == {"square.weight": 1, "embed.weight": 1, "norm.bias": 1}
+    assert opt.skipped() == dict.fromkeys(poisoned, 1)
 
 
 @every
@@ -311,14 +313,14 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
     results = []
     for device_path in (False, True):
         model = tiny(dtype=dtype)
-        opt = cls(model, **short_options(cls))
+        opt = build(cls, model)
         if device_path:
             for module in (engine, optimizer, storage):
                 monkeypatch.setattr(module, "on_host", lambda t: False)
         for step in range(6):
             give_gradients(model.parameters(), step)
-            if step in (2, 3):
-                model.tall.weight.grad[0, 0] = float("nan")
+            if step in (0, 2, 3):  # also where bases are found
+                list(model.parameters())[3].grad.view(-1)[0] = float("nan")
             opt.step()
         results.append(weights(model) + [t.clone() for slots in opt.state.values() for t in slots.values()])
     for a, b in zip(*results, strict=True):
@@ -329,7 +331,7 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
 def test_maximizing_is_minimizing_the_negative(cls):
     model = tiny()
     up, down = copy.deepcopy(model), model
-    one, two = cls(up, maximize=True, **short_options(cls)), cls(down, **short_options(cls))
+    one, two = build(cls, up, maximize=True), build(cls, down)
     for step in range(5):
         give_gradients(up.parameters(), step)
         for p, q in zip(up.parameters(), down.parameters(), strict=True):
@@ -339,7 +341,7 @@ def test_maximizing_is_minimizing_the_negative(cls):
     assert same(weights(up), weights(down))
 
 
-@every
+@plain
 def test_list_form_equals_direction(cls):
     if cls.update is None:
         pytest.skip("has no list form")
@@ -355,12 +357,12 @@ def test_list_form_equals_direction(cls):
                 counter["step"].fill_(step)
         cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()})
         given = copies | {"step": float(step)}
-        u = cls.direction(g, two, h, **{k: given[k] for k in engine.keywords(cls.direction)})
+        u = cls.direction(g, two, h, **{k: given[k] for k in engine.keywords(cls.direction) if k in given})
         apply_update(two, u, lr, h.weight_decay, None, cls.decay_after)
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 
 
-@every
+@plain
 def test_compiles_whole_and_once(cls):
     h, shape = cls.hypers({}), (16, 24)
     slots = {k: storage.new_slot(s, torch.empty(shape), None, 1) for k, s in cls.slots(shape, h).items()}
@@ -369,7 +371,7 @@ def test_compiles_whole_and_once(cls):
 
     def step(g, w, lr, counter, slots):
         given = slots | {"step": counter}
-        u = cls.direction(g, w, h, **{k: given[k] for k in wanted})
+        u = cls.direction(g, w, h, **{k: given[k] for k in wanted if k in given})
         return w.sub_(u * lr)
 
     torch._dynamo.reset()
@@ -380,7 +382,7 @@ def test_compiles_whole_and_once(cls):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@every
+@plain
 @pytest.mark.parametrize("layers", [2, 8])
 def test_workspace_is_bounded_by_the_largest_matrix(cls, layers):
     largest = 256 * 512 * 4
@@ -396,7 +398,7 @@ def test_workspace_is_bounded_by_the_largest_matrix(cls, layers):
         assert space.peak <= cls.workspace * largest
 
 
-@every
+@plain
 @precisions
 def test_awkward_shapes(cls, dtype):
     shapes = [(), (0,), (1,), (5,), (1, 6), (6, 1), (3, 0), (2, 2), (17, 5), (3, 4, 5), (8, 4, 3, 3)]
@@ -419,7 +421,54 @@ def test_awkward_shapes(cls, dtype):
     assert torch.equal(model.p3, frozen)
 
 
-@every
+@plain
+def test_a_frozen_parameter_keeps_its_state(cls):
+    model = tiny()
+    opt = cls(model, **short_options(cls))
+    train(model, opt, 0, 2)
+    p = model.square.weight
+    before = {key: t.clone() for key, t in opt.state[p].items()}
+    p.requires_grad_(False)
+    opt.memory()
+    saved = reload(opt.state_dict())
+    train(model, opt, 2, 3)
+    assert all(torch.equal(t, before[key]) for key, t in opt.state[p].items())
+    other = tiny()
+    resumed = cls(other, **short_options(cls))
+    other.square.weight.requires_grad_(False)
+    resumed.state.pop(other.square.weight)
+    resumed.load_state_dict(saved)
+    assert resumed.state[other.square.weight].keys() == before.keys()
+
+
+@plain
+def test_narrow_averages_of_narrow_weights_still_move(cls):
+    """Rounded to nearest, an average with decay 0.999 in bfloat16 stands still for ever."""
+    p = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    opt = cls([("w", p)], state_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    before = {key: t.float().mean().item() for key, t in opt.state[p].items() if t.dtype == torch.bfloat16}
+    p.grad = torch.full_like(p, 1e-3)
+    for _ in range(300):
+        opt.step()
+    for key, t in opt.state[p].items():
+        if key in before:
+            assert t.float().mean().item() < 0.9 * before[key], key
+
+
+@plain
+def test_a_refused_gradient_leaves_no_half_step(cls):
+    model = nn.Sequential(nn.Embedding(9, 16, sparse=True), nn.Linear(16, 16))
+    opt = cls(model)
+    before = weights(model)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert same(weights(model), before)
+
+
+@plain
 def test_state_follows_the_parameters(cls):
     model = tiny()
     opt = cls(model)
@@ -451,7 +500,7 @@ def test_state_follows_the_parameters(cls):
 @every
 def test_lives_with_the_rest_of_torch(cls):
     model = tiny()
-    opt = cls(model, lr=torch.tensor(1e-2))
+    opt = build(cls, model, lr=torch.tensor(1e-2))
     seen = []
     opt.register_step_pre_hook(lambda *_: seen.append("pre"))
     opt.register_step_post_hook(lambda *_: seen.append("post"))
@@ -466,7 +515,7 @@ def test_lives_with_the_rest_of_torch(cls):
     assert seen == ["pre", "post"] * 2
 
     model = tiny()
-    opt = cls(model, lr=1e-2)
+    opt = build(cls, model, lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=1e-2, total_steps=9, cycle_momentum=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(4):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimzoo.modules import Option, Replacement, convert, kinds, merge, unmerge
+from optimzoo.core.hyper import hyper
+from optimzoo.modules import Replacement, convert, kinds, merge, unmerge
 
 OPTIONS = {"spectral": {"rank": 3}, "sparse_delta": {"density": 0.1}}  # of kinds without usable defaults here
 KINDS = [pytest.param(kind, OPTIONS.get(name, {}), id=name) for name, kind in kinds().items()]
@@ -155,7 +156,7 @@ def test_every_bound_is_enforced_by_name(kind, options, model):
                 with pytest.raises(ValueError, match=rf"{name}=.* must be"):
                     convert(model, kind, **{name: bound + step})
         if option.one_of:
-            with pytest.raises(ValueError, match=rf"{name}='no such' is not one of"):
+            with pytest.raises(ValueError, match=rf"{name}='no such' is not known; it must be one of"):
                 convert(model, kind, **{name: "no such"})
         assert option.doc, f"{name} has no meaning"
 
@@ -205,10 +206,10 @@ def test_kinds_are_found_by_reading_the_folder():
 
 
 def test_options_check_type_and_bounds():
-    with pytest.raises(TypeError, match="must be a whole number"):
-        Option(4, ge=1).check("Kind", "rank", 2.5)
+    with pytest.raises(TypeError, match="must be an integer"):
+        hyper(4, ge=1).check("Kind", "rank", 2.5)
     with pytest.raises(TypeError, match="must be a number"):
-        Option(0.5, ge=0).check("Kind", "ratio", True)
-    with pytest.raises(ValueError, match="ratio=nan must be > 0 and <= 1"):
-        Option(0.3, gt=0, le=1).check("Kind", "ratio", float("nan"))
-    Option(None, gt=0).check("Kind", "density", None)
+        hyper(0.5, ge=0).check("Kind", "ratio", True)
+    with pytest.raises(ValueError, match="ratio=nan is out of range; it must be > 0 and <= 1"):
+        hyper(0.3, gt=0, le=1).check("Kind", "ratio", float("nan"))
+    assert hyper(None, gt=0).check("Kind", "density", None) is None

@@ -228,13 +228,14 @@ def test_shards_are_arithmetic() -> None:
     assert not any("gathered" in note for note in one.notes)
 
 
-@pytest.mark.parametrize("kind", ["spectral", "sampled"])
+@pytest.mark.parametrize("kind", ["spectral", "sampled", "sparse_delta"])
 def test_converted_layers(kind: str) -> None:
     from optimzoo.modules import kinds
     from optimzoo.registry import optimizers
 
-    options = {"spectral": {"rank": 4}, "sampled": {"ratio": 0.3}}[kind]
-    make = optimizers()["sst" if kind == "spectral" else "adamw"]
+    options = {"spectral": {"rank": 4}, "sampled": {"ratio": 0.3}, "sparse_delta": {"density": 0.05}}[kind]
+    makes = {"spectral": optimizers()["sst"], "sparse_delta": lambda m: optimzoo.SFT(m, total_steps=100)}
+    make = makes.get(kind, optimzoo.AdamW)
 
     def conversion(model: nn.Module) -> None:
         convert(model, kinds()[kind], match="*mlp*", **options)

@@ -205,7 +205,7 @@ def test_output_input_gradient_and_bias_gradient_are_exact():
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_weight_gradient_is_unbiased_through_backward(criterion):
     sampled = layer(criterion=criterion)
-    x, dy, draws = rows(200, DIM_IN), torch.randn(200, DIM_OUT, dtype=torch.float64), 600
+    x, dy, draws = rows(200, DIM_IN), torch.randn(200, DIM_OUT, dtype=torch.float64), 1200
     exact = gradients(sampled.to_linear(), x, dy)[1]
     found = torch.stack([gradients(sampled, x, dy)[1] for _ in range(draws)])
     directions = torch.randn(32, DIM_OUT * DIM_IN, dtype=torch.float64)
@@ -214,7 +214,9 @@ def test_weight_gradient_is_unbiased_through_backward(criterion):
     assert z.abs().max() < 4.5
     p = probabilities(x.norm(dim=1), 0.05)
     variance = trace_variance(x, dy, p, 60, int(winners(p.topk(60).values, criterion)))
-    assert 0.8 <= float((found.mean(0) - exact).square().sum()) * draws / variance <= 1.25
+    # The error of a mean lies in about 85 directions, so that one ratio scatters by 0.15: four of them are averaged.
+    parts = (found - exact).unflatten(0, (4, draws // 4)).mean(1)
+    assert 0.8 <= float(parts.square().sum((1, 2)).mean()) * (draws / 4) / variance <= 1.25
     assert 0.9 <= float((found - exact).square().sum((1, 2)).mean()) / variance <= 1.1
 
 

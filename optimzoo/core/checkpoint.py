@@ -24,10 +24,16 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
     """Groups first, then slots as the loaded groups want them, then their values; on any error nothing has changed."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("this is no optimizer state: a dictionary with 'state' and 'param_groups' was expected")
-    saved, ids = state_dict["state"], _saved_ids(optimizer, state_dict["param_groups"])
+    saved, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(saved, dict) or not all(isinstance(g, dict) and "params" in g for g in groups):
+        raise ValueError("this optimizer state is damaged: 'state' or 'param_groups' is not what torch writes")
+    ids = _saved_ids(optimizer, groups)
     before = [dict(group) for group in optimizer.param_groups]
+    frozen = [p for p, i in ids.items() if saved.get(i) and p not in optimizer.state]
     try:
-        for group, loaded in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for p in frozen:  # trained once and frozen now: its entry makes it a member
+            optimizer.state[p] = {}
+        for group, loaded in zip(optimizer.param_groups, groups, strict=True):
             group |= _accepted(optimizer, loaded, [saved.get(i, {}) for i in loaded["params"]])
         members = [m for index in range(len(before)) for m in optimizer.members(index)]
         values = {m.p: _fitting(optimizer, m, saved.get(ids[m.p], {})) for m in members}
@@ -36,6 +42,8 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
         for group, old in zip(optimizer.param_groups, before, strict=True):
             group.clear()
             group |= old
+        for p in frozen:
+            optimizer.state.pop(p, None)
         raise
     for p, slots in values.items():  # slots of other shapes than the loaded options want are made anew
         kept = {k: t for k, t in optimizer.state.get(p, {}).items() if k in slots and t.shape == slots[k].shape}
@@ -49,9 +57,13 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
 def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[dict]) -> dict[str, Any]:
     """What of a loaded group counts: known options, checked, and bookkeeping. torch's own flags are left out."""
     options = {k: v for k, v in loaded.items() if k in optimizer.options and k not in _LIVE_KEYS}
+    # A rate that is a tensor would otherwise be shared with the optimizer that was saved.
+    options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
     kept = {k: v for k, v in loaded.items() if k in GROUP_KEYS and k not in _LIVE_KEYS}
     # torch counts per parameter; the largest of these counters is the group's.
     kept.setdefault("step", max((int(state["step"]) for state in states if "step" in state), default=0))
+    if not isinstance(kept["step"], int):
+        raise ValueError(f"this optimizer state is damaged: a group's step is {kept['step']!r}, not a number of steps")
     return optimizer.checked(options) | kept
 
 

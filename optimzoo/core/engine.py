@@ -46,17 +46,17 @@ def keywords(rule_function: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-def gradient(p: Tensor, name: str) -> Tensor:
-    """The parameter's gradient, refused by name when no rule could use it."""
+def check_gradient(p: Tensor, name: str) -> None:
+    """Refuse, by name, a gradient that no rule could use."""
     g = p.grad
-    assert g is not None
+    if g is None:
+        return
     if p.device.type == "meta":
         raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
     if g.layout is not torch.strided:
         raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
     if g.is_complex():
         raise RuntimeError(f"the gradient of {name!r} is complex; optimize torch.view_as_real of it instead")
-    return g
 
 
 def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
@@ -91,7 +91,8 @@ def run(
     unknown: list[tuple[str, Tensor]] = []
     lists: dict[tuple, list[tuple[Member, Tensor, State]]] = defaultdict(list)
     for member in members:
-        g = gradient(member.p, member.name)
+        g = member.p.grad
+        assert g is not None
         ok = admit(g, member.route.rule, member.route.h.check_finite)
         if ok is False:
             skipped.append(member.name)
@@ -113,9 +114,14 @@ def run(
 
 
 def _in_place(member: Member, g: Tensor, state: State) -> bool:
-    """Whether the rule's list form can take this parameter: one dtype throughout, one memory layout."""
+    """Whether the rule's list form can take this parameter: one wide dtype throughout, one memory layout.
+
+    A kernel would round averages in bfloat16 to nearest, where they stand still.
+    """
     p = member.p
-    if member.route.rule.update is None or g.dtype != p.dtype or not (p.is_contiguous() and g.is_contiguous()):
+    if member.route.rule.update is None or g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
+        return False
+    if not (p.is_contiguous() and g.is_contiguous()):
         return False
     return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
 
@@ -140,20 +146,22 @@ def _step_one(
     lines = _lines(p, g, state) if rule.elementwise else None
     if lines is None:
         w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
-        u = _direction(member, matrix, w, state, count, seed, extras)
+        u = _direction(member, matrix, w, state, count, seed, ok, extras)
         apply_update(p, from_matrix(u, p, member.route.layout), lr, h.weight_decay, ok, rule.decay_after)
     else:
         for start in pieces(p):
             w, piece, *rest = (line[start : start + CHUNK] for line in lines)
             slots = dict(zip(_slot_names(state), rest, strict=True)) | {k: t for k, t in state.items() if k == "step"}
-            u = _direction(member, piece, w, slots, count, seed + start, extras)
+            u = _direction(member, piece, w, slots, count, seed + start, ok, extras)
             apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after)
     if ok is not None:
         for name, old in before.items():
             state[name].copy_(torch.where(ok, state[name], old))
 
 
-def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, seed: int, extras: State) -> Tensor:
+def _direction(
+    member: Member, g: Tensor, w: Tensor, state: State, count: int, seed: int, ok: Tensor | None, extras: State
+) -> Tensor:
     """One call of the rule on one matrix, or on one piece of an element-wise parameter."""
     rule, h, dtype = member.route.rule, member.route.h, compute_dtype(w.dtype)
     g = g.to(dtype)
@@ -162,7 +170,9 @@ def _direction(member: Member, g: Tensor, w: Tensor, state: State, count: int, s
     slots = {name: open_slot(state[name], dtype) for name in _slot_names(state)}
     given: dict[str, Any] = slots | extras | {"seed": seed}
     if rule.refresh is not None and rule.due(count, h):
-        rule.refresh(g, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        # A decomposition of NaN raises; what it makes of zeros is put back by whoever knows `ok`.
+        known = g if ok is None else torch.where(ok, g, 0)
+        rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):

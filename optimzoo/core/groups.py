@@ -27,8 +27,10 @@ def as_groups(params: Any, owner: str) -> list[dict[str, Any]]:
     items = list(params)
     if not items:
         raise ValueError(f"{owner} got no parameters; an iterator such as model.parameters() can be used only once")
-    groups = items if isinstance(items[0], dict) else [{"params": items}]
-    return [named(group) for group in groups]
+    groups = [named(group) for group in (items if isinstance(items[0], dict) else [{"params": items}])]
+    if not any(group["params"] for group in groups):
+        raise ValueError(f"{owner} got no parameters; all of its groups are empty")
+    return groups
 
 
 def named(group: Any) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 import collections
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +38,18 @@ class Hyper:
         """The value as it is stored; ValueError or TypeError names the option and what it may be."""
         if self.parse is not None:
             value = self.parse(value)
+        if value is None and self.default is None:
+            return value
+        if isinstance(value, np.generic):
+            value = value.item()
         if self.one_of:
             if not any(value is allowed or value == allowed for allowed in self.one_of):
                 raise ValueError(f"{owner}: {name}={value!r} is not known; it must be {self.bounds}")
             return value
-        if isinstance(self.default, tuple):
+        if isinstance(self.default, tuple) and isinstance(self.default[0], float):
             return self._check_tuple(owner, name, value)
-        self._check_number(owner, name, value)
+        if isinstance(self.default, bool | int | float) or self.bounds:
+            self._check_number(owner, name, value)
         return value
 
     def _check_tuple(self, owner: str, name: str, value: Any) -> tuple:
@@ -59,20 +66,22 @@ class Hyper:
                 raise TypeError(f"{owner}: {name}={value!r} must be True or False")
             return
         if isinstance(value, Tensor) and value.numel() == 1 and isinstance(example, float):
-            return  # a learning rate that lives on the device: reading it here would synchronise
+            if type(value) is not Tensor or value.device.type != "cpu":
+                return  # a learning rate that lives on the device: reading it here would synchronise
+            value = value.item()
         kinds = (int,) if isinstance(example, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             word = "an integer" if kinds == (int,) else "a number"
             raise TypeError(f"{owner}: {name}={value!r} must be {word}, not {type(value).__name__}")
         inside = (
-            value == value
+            math.isfinite(value)
             and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
         )
         if not inside:
-            raise ValueError(f"{owner}: {name}={value!r} is out of range; it must be {self.bounds or 'a number'}")
+            raise ValueError(f"{owner}: {name}={value!r} is out of range; it must be {self.bounds or 'finite'}")
 
 
 def hyper(

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import checkpoint
-from optimzoo.core.engine import Member, run
-from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, names_of, refuse
+from optimzoo.core.engine import Member, check_gradient, run
+from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
-from optimzoo.core.routing import Route, matrix_shape
+from optimzoo.core.routing import LAYOUTS, Route, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import STATE_DTYPES, fill_slot, has_values, new_slot, on_host, slot_dtype
 from optimzoo.functional.random import fold
@@ -46,7 +46,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     check_finite: bool = hyper(True, doc="leave weights and state alone where a gradient holds NaN or infinity")
 
     paper: ClassVar[str] = ""
-    workspace: ClassVar[float] = 1.0  # temporaries of a step, as a multiple of the largest parameter in float32
+    workspace: ClassVar[float] = 1.0  # temporaries of a step with float32 throughout, in largest parameters
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
@@ -122,6 +122,9 @@ class ZooOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._remember()
+            for _, plan in self._plans.values():  # refused before anything has moved
+                for member in plan:
+                    check_gradient(member.p, member.name)
             for index, group in enumerate(self.param_groups):
                 members = [self.paced(member) for member in self._plans[index][1] if member.p.grad is not None]
                 lr = group["lr"]
@@ -167,10 +170,10 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; the dictionary given is left as it was."""
-        group = named_options(type(self), param_group)
-        super().add_param_group(group)
-        for p, name in zip(group["params"], names_of(self.param_groups, len(self.param_groups) - 1), strict=True):
+        group = named_options(type(self), named(param_group))
+        for p, name in zip(group["params"], names_of([*self.param_groups, group], len(self.param_groups)), strict=True):
             refuse(p, name, type(self).__name__)
+        super().add_param_group(group)
         if self._plans:
             self._remember()
 
@@ -205,10 +208,13 @@ class ZooOptimizer(torch.optim.Optimizer):
     # Members, routes and slots.
 
     def members(self, index: int) -> list[Member]:
-        """The trainable parameters of a group with their routes, as options and period stand now."""
+        """The parameters of a group with their routes, as options and period stand now.
+
+        Those that are trainable, or were: a parameter frozen for a while keeps its state.
+        """
         group = self.param_groups[index]
         h, names = self.hypers(group), names_of(self.param_groups, index)
-        pairs = [(p, name) for p, name in zip(group["params"], names, strict=True) if p.requires_grad]
+        pairs = [(p, n) for p, n in zip(group["params"], names, strict=True) if p.requires_grad or p in self.state]
         return [Member(p, name, self.route(p, name, group, h)) for p, name in pairs]
 
     def relink(self) -> None:
@@ -222,7 +228,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             token = (
                 tuple(group[name] for name in self.options if name != "lr"),
-                tuple((id(p), p.dtype, p.device, p.shape) for p in group["params"] if p.requires_grad),
+                tuple((id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in group["params"]),
                 self.period(group),
             )
             known = self._plans.get(index)
@@ -243,7 +249,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         for p in [p for p in self.state if p not in owned]:
             del self.state[p]
         self._state_bytes = sum(t.untyped_storage().nbytes() for slots in self.state.values() for t in slots.values())
-        self._state_bytes += sum(count.nbytes for count in self._device_skips.values())
+        options = [value for group in self.param_groups for value in group.values() if isinstance(value, Tensor)]
+        self._state_bytes += sum(t.untyped_storage().nbytes() for t in (*options, *self._device_skips.values()))
 
     def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
         """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
@@ -292,5 +299,7 @@ def named_options(cls: type[ZooOptimizer], param_group: dict[str, Any]) -> dict[
         if key not in cls.options and key not in GROUP_KEYS:
             known = [*cls.options, "params", "name", "fallback"]
             raise TypeError(f"{cls.__name__} groups have no option {key!r}{nearest(key, known)}")
+    if param_group.get("layout", "as is") not in LAYOUTS:
+        raise ValueError(f"{cls.__name__}: layout={param_group['layout']!r} is not known; it must be one of {LAYOUTS}")
     own = cls.checked({key: value for key, value in param_group.items() if key in cls.options})
     return {"step": 0, **param_group, **own}

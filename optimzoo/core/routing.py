@@ -16,6 +16,7 @@ FALLBACK_NAMES = (
     *("*embed*", "*wte*", "*wpe*"),
     *("*lm_head*", "head", "*.head", "*classifier*", "score", "*.score", "*router*"),
 )
+LAYOUTS = ("as is", "flattened", "transposed")
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -98,8 +99,14 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:
 
 
 def _table_sizes(model: nn.Module) -> tuple[set[int], set[int]]:
-    """(ids of the parameters of embeddings and output heads, row counts of the embeddings)."""
-    tables: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    """(ids of the parameters of embeddings and output heads, row counts by which a head is known).
+
+    Those are the vocabulary's. Positions have tables too, often as long as a layer is wide: where the model does not
+    say which of its tables holds tokens, one as long as wide does not count.
+    """
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    rows = {m.weight.shape[0] for m in embeddings if m.weight.shape[0] != m.weight.shape[1]}
+    tables: list[nn.Module] = [*embeddings]
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         for module in model.modules():
             try:
@@ -108,9 +115,9 @@ def _table_sizes(model: nn.Module) -> tuple[set[int], set[int]]:
                 continue  # transformers' base classes raise where a model has no such table
             if isinstance(found, nn.Module):
                 tables.append(found)
-    ids = {id(p) for table in tables for p in table.parameters(recurse=False)}
-    rows = {table.weight.shape[0] for table in tables if isinstance(table, nn.Embedding | nn.EmbeddingBag)}
-    return ids, rows
+                if isinstance(found, nn.Embedding) and module is model:
+                    rows = {found.weight.shape[0]}
+    return {id(p) for table in tables for p in table.parameters(recurse=False)}, rows
 
 
 def _kind(name: str, p: Tensor, module: nn.Module, tables: set[int], rows: set[int]) -> str:
@@ -119,7 +126,7 @@ def _kind(name: str, p: Tensor, module: nn.Module, tables: set[int], rows: set[i
         return "embeddings and heads"
     if isinstance(module, nn.Linear) and p.ndim == 2 and p.shape[0] in rows:
         return "embeddings and heads"
-    if p.ndim >= 2 and named_fallback(name) not in (None, "*bias*"):
+    if p.ndim >= 2 and (named_fallback(name) not in (None, "*bias*") or "router" in type(module).__name__.lower()):
         return "embeddings and heads"
     if p.ndim < 2 or "bias" in name.rsplit(".", 1)[-1] or re.search("norm", type(module).__name__, re.IGNORECASE):
         return "vectors"

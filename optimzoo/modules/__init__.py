@@ -5,9 +5,9 @@ import pkgutil
 import re
 from functools import cache
 
-from optimzoo.modules.replacement import Option, Replacement, convert, merge, unmerge
+from optimzoo.modules.replacement import Replacement, convert, merge, unmerge
 
-__all__ = ["Option", "Replacement", "convert", "kinds", "merge", "unmerge"]
+__all__ = ["Replacement", "convert", "kinds", "merge", "unmerge"]
 
 
 @cache

@@ -1,55 +1,25 @@
 """Layers that stand in for `nn.Linear`: `convert` puts them in, `merge` takes them out, `unmerge` puts them back."""
 
 import difflib
-import operator
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
+
+from optimzoo.core.hyper import Hyper, nearest
 
 HEADS = ("lm_head", "*.lm_head")  # never converted by a wildcard, whatever the model calls its output embeddings
 _KEPT = "_optimzoo_kept"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Option(NamedTuple):
-    """Default, bounds and meaning of one option of a replacement; None is allowed only where it is the default."""
-
-    default: Any
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    one_of: tuple[Any, ...] = ()
-    doc: str = ""
-
-    def check(self, owner: str, name: str, value: Any) -> None:
-        if value is None and self.default is None:
-            return
-        if self.one_of:
-            if value not in self.one_of:
-                raise ValueError(f"{owner}: {name}={value!r} is not one of {', '.join(map(repr, self.one_of))}")
-            return
-        signs = {">=": (self.ge, operator.ge), ">": (self.gt, operator.gt)}
-        signs |= {"<=": (self.le, operator.le), "<": (self.lt, operator.lt)}
-        bounds = [(sign, bound, holds) for sign, (bound, holds) in signs.items() if bound is not None]
-        if not bounds:
-            return
-        whole = isinstance(self.default, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise TypeError(f"{owner}: {name}={value!r} must be a {'whole ' if whole else ''}number")
-        if not all(holds(value, bound) for _, bound, holds in bounds):
-            wanted = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
-            raise ValueError(f"{owner}: {name}={value} must be {wanted}")
-
-
 class Replacement(nn.Module, ABC):
     """A layer that takes an `nn.Linear`'s place and can become one again."""
 
-    options: ClassVar[Mapping[str, Option]] = {}
+    options: ClassVar[Mapping[str, Hyper]] = {}
     in_features: int
     out_features: int
 
@@ -67,13 +37,9 @@ class Replacement(nn.Module, ABC):
         """Give every option a checked value: unknown names raise TypeError, values out of bounds ValueError."""
         for name in options:
             if name not in cls.options:
-                near = difflib.get_close_matches(name, cls.options, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(cls.options) or 'none'}"
-                raise TypeError(f"{cls.__name__} has no option {name!r}; {hint}")
-        values = {name: options.get(name, option.default) for name, option in cls.options.items()}
-        for name, value in values.items():
-            cls.options[name].check(cls.__name__, name, value)
-        return values
+                raise TypeError(f"{cls.__name__} has no option {name!r}{nearest(name, cls.options)}")
+        given = {name: cls.options[name].check(cls.__name__, name, value) for name, value in options.items()}
+        return {name: option.default for name, option in cls.options.items()} | given
 
     @classmethod
     def prepare(cls, linears: Mapping[str, nn.Linear], **options: Any) -> dict[str, dict[str, Any]]:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional import random
 from optimzoo.functional.sampling import CRITERIA, column_row_sample
-from optimzoo.modules.replacement import Option, Replacement
+from optimzoo.modules.replacement import Replacement
 from optimzoo.modules.sampled_site import SHARED, Sample, Site, row_norms, shared_site
 
 MIN_ROWS = 10  # fewer rows than this are not worth an estimate
@@ -34,12 +35,12 @@ class SampledLinear(Replacement, nn.Linear):
     proportion to |x|. Layers named together in `share` that receive the same tensor keep one sample between them.
     """
 
-    options: ClassVar[Mapping[str, Option]] = {
-        "ratio": Option(0.3, gt=0, le=1, doc="part of the tokens that is kept"),
-        "criterion": Option("paper", one_of=CRITERIA, doc="how many tokens are kept for certain"),
-        "mix": Option(0.05, ge=0, le=1, doc="uniform part of the probabilities, a floor against stale norms"),
-        "seed": Option(0, ge=0, doc="of the draws, mixed with the layer's name, the call and the rank"),
-        "share": Option(SHARED, doc="tuples of sibling names whose inputs are sampled once"),
+    options: ClassVar[Mapping[str, Hyper]] = {
+        "ratio": hyper(0.3, gt=0, le=1, doc="part of the tokens that is kept"),
+        "criterion": hyper("paper", one_of=CRITERIA, doc="how many tokens are kept for certain"),
+        "mix": hyper(0.05, ge=0, le=1, doc="uniform part of the probabilities, a floor against stale norms"),
+        "seed": hyper(0, ge=0, doc="of the draws, mixed with the layer's name, the call and the rank"),
+        "share": hyper(SHARED, doc="tuples of sibling names whose inputs are sampled once"),
     }
     draws: Tensor
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional.random import generator
-from optimzoo.modules.replacement import Option, Replacement
+from optimzoo.modules.replacement import Replacement
 from optimzoo.modules.spectral_product import SpectralProduct, dense_weight
 
 SAMPLINGS = ("mix", "sigma", "uniform", "sequential", "topr")
@@ -36,11 +37,11 @@ class SpectralLinear(Replacement):
     is not kept, that is without gradients or with `recompute`, and for more than max(m, n) tokens: "auto" follows that.
     """
 
-    options: ClassVar[Mapping[str, Option]] = {
-        "rank": Option(64, ge=1, doc="vectors trained at a time; at most min(m, n)"),
-        "enhanced": Option(True, one_of=(True, False), doc="gradients of the vectors without the factor s"),
-        "evaluation": Option("auto", one_of=("auto", "factored", "materialised"), doc="how y is computed"),
-        "recompute": Option(False, one_of=(True, False), doc="form Z again in backward instead of keeping it"),
+    options: ClassVar[Mapping[str, Hyper]] = {
+        "rank": hyper(64, ge=1, doc="vectors trained at a time; at most min(m, n)"),
+        "enhanced": hyper(True, one_of=(True, False), doc="gradients of the vectors without the factor s"),
+        "evaluation": hyper("auto", one_of=("auto", "factored", "materialised"), doc="how y is computed"),
+        "recompute": hyper(False, one_of=(True, False), doc="form Z again in backward instead of keeping it"),
     }
     driver: ClassVar[str] = "SST"
 

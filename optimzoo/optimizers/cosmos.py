@@ -22,6 +22,7 @@ from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.functional.polar import newton_schulz
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
 
+DEAD_ZONE = 8  # outside of the basis, less than this many sqrt(r) eps of D is rounding, which Muon would blow up
 NULL_ENERGY = 1e-10  # float32's noise squared: a column of U with less of the largest energy holds only rounding
 
 
@@ -78,7 +79,7 @@ class COSMOS(MatrixOptimizer):
         exp_avg_sq: Tensor,
         step: float | Tensor,
     ) -> Tensor:
-        rms_to_norm = math.sqrt(g.numel())
+        rms_to_norm, limits = math.sqrt(g.numel()), torch.finfo(g.dtype)
         momentum.mul_(h.betas[0]).add_(g)
         weights = (1 - h.betas[0] ** step) / (1 - h.betas[0])
         if h.nesterov:
@@ -93,10 +94,10 @@ class COSMOS(MatrixOptimizer):
         energy = gram.diagonal()
         adam = torch.where(energy > NULL_ENERGY * energy.max(), adam, 0)
 
-        if basis.shape[1] == g.shape[1]:  # outside the basis is only rounding, which the polar factor would blow up
-            u = torch.mm(adam, basis.mT, out=d)
-        else:
-            muon = newton_schulz(d.addmm_(low, basis.mT, alpha=-1))
-            norm = torch.linalg.vector_norm(muon, dtype=d.dtype)
-            u = d.copy_(muon).mul_(h.gamma * rms_to_norm / (norm + h.eps)).addmm_(adam, basis.mT)
-        return u.mul_(h.lr_ratio * rms_to_norm / (torch.linalg.vector_norm(u) + h.eps))
+        noise = torch.linalg.vector_norm(d) * (DEAD_ZONE * math.sqrt(basis.shape[1]) * limits.eps)
+        rest = d.addmm_(low, basis.mT, alpha=-1)
+        rest.mul_(torch.linalg.vector_norm(rest) > noise)
+        muon = newton_schulz(rest)
+        norm = torch.linalg.vector_norm(muon, dtype=d.dtype)
+        u = d.copy_(muon).mul_(h.gamma * rms_to_norm / (norm + h.eps).clamp_min(limits.tiny)).addmm_(adam, basis.mT)
+        return u.mul_(h.lr_ratio * rms_to_norm / (torch.linalg.vector_norm(u) + h.eps).clamp_min(limits.tiny))

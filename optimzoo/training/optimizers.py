@@ -4,8 +4,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from optimzoo import registry
 from optimzoo.core.hyper import nearest
@@ -71,14 +72,16 @@ def _plain(kind: type[Optimizer], **defaults: Any) -> Callable[..., list[Optimiz
 
 def _muon(model: nn.Module, lr: float, fallback_lr: float | None, options: Options) -> list[Optimizer]:
     """Muon for the hidden matrices, with steps of AdamW's size, and AdamW for embeddings, head and vectors."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError("optimizer torch.muon: this torch has no Muon; it came with torch 2.9")
     adam = {name: options.pop(f"fallback_{name}") for name in ("betas", "eps") if f"fallback_{name}" in options}
     if "weight_decay" in options:
         adam["weight_decay"] = options["weight_decay"]
-    muon: Options = {"adjust_lr_fn": "match_rms_adamw"} | _checked(Muon, options)
+    muon: Options = {"adjust_lr_fn": "match_rms_adamw"} | _checked(torch.optim.Muon, options)
     matrices = [group["params"] for group in param_groups(model) if group["name"] == "matrices"]
     rest = [group for group in _groups(model, lr, fallback_lr) if group["params"] not in matrices]
     return [
-        Muon([p for names in matrices for p in names], lr=lr, **muon),
+        torch.optim.Muon([p for names in matrices for p in names], lr=lr, **muon),
         AdamW(rest, lr=lr, fused=True, **_checked(AdamW, adam)),
     ]
 

@@ -1,0 +1,45 @@
+"""SM3: second moments as minima of maxima over the slices of a tensor.
+
+Anil, Gupta, Koren, Singer, "Memory-Efficient Adaptive Optimization", 2019, arXiv:1901.11150; the variant SM3-II.
+
+    nu_ij <- min(row_i, col_j) + g_ij^2
+    row_i <- max_j nu_ij          col_j <- max_i nu_ij
+    u_ij   = g_ij / sqrt(nu_ij)                                    averaged with momentum
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from optimzoo.core import Slot, ZooOptimizer, hyper
+from optimzoo.functional.cover import sm3_shapes, sm3_update
+
+
+class SM3(ZooOptimizer):
+    """4 (m + n) bytes of state for a matrix, one number per slice for a tensor of any rank; vectors are AdaGrad's.
+
+    Embeddings and heads are matrices here like all others: an AdamW in their place would cost what SM3 saves. Nothing
+    decays in the accumulators, so the step shrinks like AdaGrad's and the authors use warm-up but no decay of lr.
+    Accumulators are never coarser than float32, whatever `state_dtype` says: in bfloat16 they would stop growing.
+    """
+
+    lr: float = hyper(1e-2, ge=0, doc="step size; the first step moves every entry by it")
+    momentum: float = hyper(0.0, ge=0, lt=1, doc="average the update; costs one tensor of the weight's shape")
+    eps: float = hyper(1e-30, ge=0, doc="added under the root, where anything larger is a floor on the step's divisor")
+
+    paper = "Anil et al. 2019, arXiv:1901.11150"
+    workspace = 2.0
+
+    @staticmethod
+    def slots(shape: tuple[int, ...], h: Any) -> dict[str, Slot]:
+        slices = Slot((sum(map(math.prod, sm3_shapes(shape))),), "accumulator")
+        return {"slices": slices} | ({"momentum": Slot(shape, "first moment")} if h.momentum else {})
+
+    @staticmethod
+    def direction(g: Tensor, w: Tensor, h: Any, *, slices: Tensor, momentum: Tensor | None = None) -> Tensor:
+        shapes = sm3_shapes(g.shape)
+        parts = slices.split([math.prod(shape) for shape in shapes])  # of a matrix: its rows, then its columns
+        nu = sm3_update(g, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        u = nu.add_(h.eps).rsqrt_().mul_(g)
+        return u if momentum is None else u.copy_(momentum.lerp_(u, 1 - h.momentum))
