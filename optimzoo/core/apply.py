@@ -1,9 +1,11 @@
 """The last line of every optimizer: w <- (1 - lr * weight_decay) w - lr u."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from optimzoo.core.storage import compute_dtype
+from optimzoo.core.storage import compute_dtype, has_values
 
 CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB of float32
 
@@ -11,6 +13,15 @@ CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB
 def flat(tensor: Tensor) -> Tensor | None:
     """The tensor's elements as one line of memory, in memory order, or None when they are not contiguous."""
     return tensor.view(-1) if tensor.is_contiguous() else None
+
+
+def pieces(tensor: Tensor) -> Iterable[int]:
+    """Where the tensor's pieces of `CHUNK` elements begin.
+
+    Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
+    """
+    starts = range(0, tensor.numel(), CHUNK)
+    return starts if has_values(tensor) else starts[:2]
 
 
 def apply_update(w: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, ok: Tensor | None, after: bool) -> None:
@@ -31,7 +42,7 @@ def apply_update(w: Tensor, u: Tensor, lr: float | Tensor, weight_decay: float, 
         _step_and_decay(exact, u, lr, keep, after)
         w.copy_(exact)
         return
-    for start in range(0, line.numel(), CHUNK):
+    for start in pieces(line):
         piece = line[start : start + CHUNK]
         exact = piece.to(u.dtype)
         _step_and_decay(exact, update[start : start + CHUNK], lr, keep, after)

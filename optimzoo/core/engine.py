@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.apply import CHUNK, apply_update, flat
+from optimzoo.core.apply import CHUNK, apply_update, flat, pieces
 from optimzoo.core.routing import Route, as_matrix, from_matrix
-from optimzoo.core.storage import close_slot, compute_dtype, on_host, open_slot
+from optimzoo.core.storage import close_slot, compute_dtype, has_values, on_host, open_slot
 from optimzoo.functional.random import fold
 
 State = dict[str, Tensor]
@@ -70,7 +70,7 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
         size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
     else:
         size = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
-    if size is None:
+    if size is None or (host and not has_values(g)):
         return True
     if host:
         value = size.item()
@@ -149,7 +149,7 @@ def _step_one(
         u = _direction(member, matrix, w, state, count, seed, ok, extras)
         apply_update(p, from_matrix(u, p, member.route.layout), lr, h.weight_decay, ok, rule.decay_after)
     else:
-        for start in range(0, p.numel(), CHUNK):
+        for start in pieces(p):
             w, piece, *rest = (line[start : start + CHUNK] for line in lines)
             slots = dict(zip(_slot_names(state), rest, strict=True)) | {k: t for k, t in state.items() if k == "step"}
             u = _direction(member, piece, w, slots, count, seed + start, ok, extras)
@@ -192,7 +192,9 @@ def _step_number(state: State, count: int) -> float | Tensor:
     if "step" not in state:
         return float(count + 1)
     counter = state["step"]
-    return counter.item() if on_host(counter) else counter.to(torch.float64)
+    if not on_host(counter):
+        return counter.to(torch.float64)
+    return counter.item() if has_values(counter) else float(count + 1)
 
 
 def _lines(p: Tensor, g: Tensor, state: State) -> list[Tensor] | None:

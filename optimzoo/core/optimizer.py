@@ -26,7 +26,7 @@ from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of,
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.routing import LAYOUTS, Route, matrix_shape
 from optimzoo.core.slots import Slot
-from optimzoo.core.storage import STATE_DTYPES, fill_slot, new_slot, on_host, slot_dtype
+from optimzoo.core.storage import STATE_DTYPES, fill_slot, has_values, new_slot, on_host, slot_dtype
 from optimzoo.functional.random import fold
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
@@ -106,6 +106,9 @@ class ZooOptimizer(torch.optim.Optimizer):
         """The member as it steps now: a method with a warm-up of its own lowers its route's `lr_scale` for a while."""
         return member
 
+    def to_largest_period(self) -> None:
+        """Turn the schedule to its period with the most state; only for an optimizer that is planned, not used."""
+
     def finish(self) -> None:
         """Called after all parameters have stepped; for methods that work on their layers between steps."""
 
@@ -125,7 +128,7 @@ class ZooOptimizer(torch.optim.Optimizer):
             for index, group in enumerate(self.param_groups):
                 members = [self.paced(member) for member in self._plans[index][1] if member.p.grad is not None]
                 lr = group["lr"]
-                if isinstance(lr, Tensor) and on_host(lr):
+                if isinstance(lr, Tensor) and on_host(lr) and has_values(lr):
                     lr = lr.item()
                 self._note(*run(members, self.state, lr, group["step"], self.extras))
                 group["step"] += 1
@@ -267,13 +270,13 @@ class ZooOptimizer(torch.optim.Optimizer):
             if old is not None and old.shape == slot.shape and old.device.type != "meta":
                 slots[key].copy_(old)
         self.state[p] = slots
-        if p.device.type != "cpu":  # counted on the device, where asking would synchronise
+        if not on_host(p):  # counted on the device, where asking would synchronise
             self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
 
     def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
         self._skips.update(names)
         for name, ok in unknown:
-            if name in self._device_skips:  # a fake step on the CPU has nothing to count
+            if name in self._device_skips:
                 self._device_skips[name].add_(~ok)
 
     def __getstate__(self) -> dict[str, Any]:
