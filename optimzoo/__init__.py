@@ -1,7 +1,7 @@
 """optimzoo: memory-efficient optimizers for PyTorch that account for every byte they hold."""
 
 from optimzoo.core import AdamW, param_groups, release_gradients
-from optimzoo.memory import Ledger, StepMemory, ledger, track
+from optimzoo.memory import Ledger, Plan, StepMemory, ledger, track
 from optimzoo.modules import convert, merge, unmerge
 from optimzoo.modules.delta_file import load_delta, save_delta, trainable_numbers
 from optimzoo.modules.norm_cache import NormCache
@@ -15,6 +15,7 @@ from optimzoo.optimizers.sft import SFT
 from optimzoo.optimizers.sm3 import SM3
 from optimzoo.optimizers.sst import SST
 from optimzoo.optimizers.swan import SWAN
+from optimzoo.planning import fit, plan
 
 __version__ = "0.1.0"
 
@@ -28,16 +29,19 @@ __all__ = [
     "AdamW",
     "Ledger",
     "NormCache",
+    "Plan",
     "SampledLinear",
     "SampledMatmul",
     "SparseDeltaLinear",
     "SpectralLinear",
     "StepMemory",
     "convert",
+    "fit",
     "ledger",
     "load_delta",
     "merge",
     "param_groups",
+    "plan",
     "release_gradients",
     "save_delta",
     "track",

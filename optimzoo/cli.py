@@ -1,4 +1,4 @@
-"""The `optimzoo` command: list and show optimizers, run and compare recipes."""
+"""The `optimzoo` command: list and show optimizers; plan, fit, run and compare recipes."""
 
 import contextlib
 import inspect
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import typer
@@ -161,6 +161,102 @@ def compare(
     if any("tried" in method for method in result["methods"]):
         out.print(training.report.sweeps(result["methods"]))
     _pictures(place)
+
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [--OPTION VALUE]...", help="A recipe, or --model and the optimizer's options."),
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="A transformers config.json, or a Llama: 60m 130m 350m 1b 3b 7b 65b.")
+]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Keep the inputs of blocks only.")]
+Release = Annotated[bool, typer.Option("--release", help="Use every gradient as soon as it is there, and free it.")]
+Ranks = Annotated[int, typer.Option(min=1, help="Ranks of FSDP, by arithmetic.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None, typer.Option(help="What is planned for; a recipe says it itself.")
+]
+OPEN = {"ignore_unknown_options": True}  # the optimizer's options go on to the optimizer
+
+
+@app.command(context_settings=OPEN)
+def plan(
+    words: Words = None,
+    model: ModelName = None,
+    optimizer: Annotated[str, typer.Option(help="With --model: its name.")] = "adamw",
+    dtype: Annotated[str, typer.Option(help="With --model: bfloat16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")] = 1,
+    sequence: Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")] = 2048,
+    accumulate: Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")] = 1,
+    checkpointing: Checkpointing = False,
+    release: Release = False,
+    ranks: Ranks = 1,
+    device: Device = None,
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a training step will need, by part and at its peak, with nothing allocated."""
+    training = _training()
+    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
+    how = {"checkpointing": checkpointing, "release": release, "world_size": ranks, "device": device}
+    with _one_sentence(training.UserError):
+        found = training.planning.plans(_planned(training, words, model, optimizer, shape, changes), **how)
+        failed = [result for result in found.values() if isinstance(result, Exception)]
+        if len(failed) == len(found):
+            raise failed[0]
+    if as_json:
+        print(json.dumps({k: {"error": str(v)} if isinstance(v, Exception) else v.as_dict() for k, v in found.items()}))
+        return
+    for label, result in found.items():
+        print(label if len(found) > 1 else getattr(result, "optimizer", ""), result, sep="\n", end="\n\n")
+
+
+@app.command(context_settings=OPEN)
+def fit(
+    gpu: Annotated[str, typer.Option(help="The memory there is, such as 24GiB.")],
+    words: Words = None,
+    model: ModelName = None,
+    dtype: Annotated[str, typer.Option(help="With --model: bfloat16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")] = 1,
+    sequence: Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")] = 2048,
+    accumulate: Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")] = 1,
+    checkpointing: Checkpointing = False,
+    release: Release = False,
+    ranks: Ranks = 1,
+    device: Device = "cuda",
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say which optimizers train a model in the given memory, with what to spare, and the largest batch of each."""
+    training = _training()
+    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
+    how = {"checkpointing": checkpointing, "release": release, "world_size": ranks, "device": device}
+    with _one_sentence(training.UserError):
+        recipe = _planned(training, words, model, None, shape, changes)
+        result = training.planning.fits(recipe, training.planning.bytes_of(gpu), **how)
+    print(json.dumps(result.as_dict()) if as_json else result)
+
+
+def _planned(
+    training: Any,
+    words: list[str] | None,
+    model: str | None,
+    optimizer: str | None,
+    shape: dict[str, Any],
+    changes: list[str] | None,
+) -> Any:
+    """The recipe that the words name, or the one that --model and its companions describe."""
+    rest, options = training.planning.options_from(words or ())
+    if len(rest) > 1 or bool(rest) == bool(model):
+        raise training.UserError("give one recipe, or --model with a size or a config.json")
+    if options and (rest or optimizer is None):
+        name = next(iter(options)).replace("_", "-")
+        raise training.UserError(f"there is no option --{name} here; keys of a recipe are changed with --set")
+    if rest:
+        return training.load(rest[0], changes or ())
+    if changes:
+        raise training.UserError("--set changes keys of a recipe; with --model give the options themselves")
+    return training.planning.described(model, optimizer or "adamw", options, device="cuda", **shape)
 
 
 def _pictures(folder: Path) -> None:

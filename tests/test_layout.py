@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "core": {"core", "functional", "memory"},
     "optimizers": {"core", "functional"},
     "modules": {"modules", "functional", "core.layers", "core.hyper"},
-    "training": {"training", "registry", "core", "modules", "memory"},
+    "training": {"training", "planning", "registry", "core", "modules", "memory"},
+    "planning": {"registry", "core", "memory"},
     "registry": {"core", "optimizers"},
     "cli": {"training", "registry", "memory", "core"},
-    "__init__": {"core", "functional", "memory", "modules", "optimizers", "registry"},
+    "__init__": {"core", "functional", "memory", "modules", "optimizers", "planning", "registry"},
     "__main__": {"cli"},
 }
 CORE_NEEDS = {"torch", "numpy", "einops"}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.ranks import alone, from_first_rank, mean_over_ranks
-from optimzoo.core.storage import on_host
+from optimzoo.core.storage import has_values, on_host
 from optimzoo.functional.entries import mass
 
 
@@ -34,7 +34,7 @@ def fold(state: dict[str, Tensor], layer: Any, p: Tensor, maximize: bool) -> Non
     state["grad_sum"].add_(torch.where(ok, sums, 0))
     state["grad_sq_sum"].add_(torch.where(ok, sums.square_(), 0))
     state["grad_micro"].add_(ok)
-    if fresh and on_host(ok) and not bool(ok):  # candidates of a gradient that overflowed are none
+    if fresh and on_host(ok) and has_values(ok) and not bool(ok):  # candidates of a gradient that overflowed are none
         layer.watch(state["candidates"].fill_(-1))
     layer.clear_sums(keep=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.apply import CHUNK, apply_update
+from optimzoo.core.apply import CHUNK, apply_update, pieces
 from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import (
@@ -26,6 +26,7 @@ from optimzoo.core.storage import (
     State,
     close_slot,
     compute_dtype,
+    has_values,
     is_scale,
     on_host,
     open_slot,
@@ -92,7 +93,7 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
         size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
     else:
         size = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
-    if size is None:
+    if size is None or (host and not has_values(g)):
         return True
     if host:
         value = size.item()
@@ -180,7 +181,7 @@ def _step_one(
     seed = fold(getattr(h, "seed", 0), member.name, count)
     chance = fold(seed, "weight") if h.rounding == "stochastic" else None
     if rule.elementwise and _one_line(p, g, state):
-        for start in range(0, p.numel(), CHUNK):
+        for start in pieces(p):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
             u = _direction(member, piece, w, part, count, seed + start, ok, extras)
@@ -224,7 +225,9 @@ def _step_number(state: State, count: int) -> float | Tensor:
     if "step" not in state:
         return float(count + 1)
     counter = state["step"]
-    return counter.item() if on_host(counter) else counter.to(torch.float64)
+    if not on_host(counter):
+        return counter.to(torch.float64)
+    return counter.item() if has_values(counter) else float(count + 1)
 
 
 def _one_line(p: Tensor, g: Tensor, state: State) -> bool:

@@ -27,7 +27,16 @@ from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of,
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
 from optimzoo.core.routing import LAYOUTS, Route
-from optimzoo.core.storage import STATE_DTYPES, compute_dtype, fill_slot, is_scale, new_slot, on_host, transfer
+from optimzoo.core.storage import (
+    STATE_DTYPES,
+    compute_dtype,
+    fill_slot,
+    has_values,
+    is_scale,
+    new_slot,
+    on_host,
+    transfer,
+)
 from optimzoo.functional.random import fold
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
@@ -114,6 +123,9 @@ class ZooOptimizer(torch.optim.Optimizer):
         """The member as it steps now: a method with a warm-up of its own lowers its route's `lr_scale` for a while."""
         return member
 
+    def to_largest_period(self) -> None:
+        """Turn the schedule to its period with the most state; only for an optimizer that is planned, not used."""
+
     def finish(self) -> None:
         """Called after all parameters have stepped; for methods that work on their layers between steps."""
 
@@ -147,7 +159,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         """Step those members of a group that have a gradient; the group's count stays, it advances with `step()`."""
         group = self.param_groups[index]
         lr = group["lr"]
-        if isinstance(lr, Tensor) and on_host(lr):
+        if isinstance(lr, Tensor) and on_host(lr) and has_values(lr):
             lr = lr.item()
         paced = [self.paced(member) for member in members if member.p.grad is not None]
         self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
@@ -303,13 +315,13 @@ class ZooOptimizer(torch.optim.Optimizer):
             if old is not slots[key] and old.shape == slots[key].shape and old.device.type != "meta":
                 transfer(have, slots, key, fold(0, member.name, key))
         self.state[p] = slots
-        if p.device.type != "cpu":  # counted on the device, where asking would synchronise
+        if not on_host(p):  # counted on the device, where asking would synchronise
             self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
 
     def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
         self._skips.update(names)
         for name, ok in unknown:
-            if name in self._device_skips:  # a fake step on the CPU has nothing to count
+            if name in self._device_skips:
                 self._device_skips[name].add_(~ok)
 
     def __getstate__(self) -> dict[str, Any]:

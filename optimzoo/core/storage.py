@@ -104,5 +104,15 @@ def transfer(source: State, target: State, name: str, seed: int) -> None:
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether reading the tensor costs no synchronisation and has an answer: real memory of the CPU."""
-    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    """Whether the step goes the CPU's way, where reading a tensor costs nothing.
+
+    A fake tensor goes the way of the device that its mode stands for, so that what is planned is what will be run.
+    """
+    if isinstance(tensor, FakeTensor) and getattr(tensor.fake_mode, "stands_for", "cpu") != "cpu":
+        return False
+    return tensor.device.type == "cpu"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to read."""
+    return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")

@@ -2,7 +2,22 @@
 
 from optimzoo.memory.history import History, StepMemory, track
 from optimzoo.memory.ledger import KINDS, Entry, Ledger, ledger
+from optimzoo.memory.plan import Plan, plan
 from optimzoo.memory.reach import plain_tensors
+from optimzoo.memory.rehearsal import Unplannable
 from optimzoo.memory.workspace import Workspace
 
-__all__ = ["KINDS", "Entry", "History", "Ledger", "StepMemory", "Workspace", "ledger", "plain_tensors", "track"]
+__all__ = [
+    "KINDS",
+    "Entry",
+    "History",
+    "Ledger",
+    "Plan",
+    "StepMemory",
+    "Unplannable",
+    "Workspace",
+    "ledger",
+    "plain_tensors",
+    "plan",
+    "track",
+]

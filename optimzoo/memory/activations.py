@@ -122,7 +122,7 @@ def saved(model: nn.Module, batch: Any) -> Saved:
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            output = _call(model, batch)
+            output = call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -132,7 +132,8 @@ def saved(model: nn.Module, batch: Any) -> Saved:
     return _collect([item for item in (r() for r in packed) if item is not None], model)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)`, `model(*batch)` or `model(batch)`."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

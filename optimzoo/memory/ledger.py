@@ -149,8 +149,9 @@ def ledger(
     `KINDS`. An optimizer's tensors outside its state have param "-" and their attribute path as key. A storage that
     several tensors share is counted once, for the first of them.
     """
-    if kinds is None and hasattr(of, "memory_history"):
-        return of.memory()  # type: ignore[operator, union-attr]  # one of ours: it knows what its tensors are
+    own = getattr(of, "memory", None)
+    if kinds is None and hasattr(of, "memory_history") and callable(own):
+        return own()  # one of ours: it knows what its tensors are
     if isinstance(of, torch.optim.Optimizer):
         return _of_optimizer(of, names or {}, kinds or {})
     if isinstance(of, nn.Module):

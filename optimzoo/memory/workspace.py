@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_iter
 
 from optimzoo.memory.reach import storage_parts
 
@@ -88,10 +87,15 @@ class Workspace(TorchDispatchMode):
         self.live -= known.counted if known else 0
 
 
-def _strided(*trees: Any) -> Iterator[Tensor]:
-    for leaf in tree_iter(trees):
-        if isinstance(leaf, Tensor):
-            yield from storage_parts(leaf)
+def _strided(*values: Any) -> Iterator[Tensor]:
+    """The strided tensors in an operation's arguments or results: at most lists and dictionaries of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield from storage_parts(value)
+        elif isinstance(value, list | tuple):
+            yield from _strided(*value)
+        elif isinstance(value, dict):
+            yield from _strided(*value.values())
 
 
 class DeviceWorkspace:

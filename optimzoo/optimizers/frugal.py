@@ -7,6 +7,7 @@ Zmushko, Beznosikov, Takáč, Horváth, "FRUGAL", ICML 2025, arXiv:2411.07837.
     u   = P^-1(full(low, t)) + state_free_lr_scale * free(g - P^-1(low))
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -98,6 +99,16 @@ class FRUGAL(MatrixOptimizer):
 
     def period(self, group: dict[str, Any]) -> int:
         return group["step"] // group["update_gap"] if group["projection"] == "block" and group["density"] < 1 else 0
+
+    def to_largest_period(self) -> None:
+        def held(index: int, group: dict[str, Any], step: int) -> int:
+            group["step"] = step
+            return sum(m.p.numel() for m in self.members(index) if m.route.reason == TURN)
+
+        for index, group in enumerate(self.param_groups):
+            if group["projection"] == "block" and 0 < group["density"] < 1:
+                steps = [turn * group["update_gap"] for turn in range(math.ceil(1 / group["density"]))]
+                group["step"] = max((held(index, group, step), -step) for step in steps)[1] * -1
 
     def members(self, index: int) -> list[Member]:
         members, group = super().members(index), self.param_groups[index]

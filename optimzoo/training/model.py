@@ -23,6 +23,19 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     return model
 
 
+def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
+    """The recipe's model, built in its dtype at once: fake parameters cannot be converted to another one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, recipe.model.dtype))
+    try:
+        model = _from_config(recipe)
+    finally:
+        torch.set_default_dtype(before)
+    for conversion in recipe.modules if converted else ():
+        convert(model, conversion)
+    return model
+
+
 def _from_config(recipe: Recipe) -> nn.Module:
     # Importing transformers takes seconds: only a run pays for it.
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -44,6 +57,7 @@ def _from_config(recipe: Recipe) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
         config.use_cache = False
+        config.dtype = torch.get_default_dtype()  # the recipe's, or to be converted: not what the file asks for
         return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # every architecture checks its own fields, with errors of its own
         text = " ".join(str(error).split("\n")[:2])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from optimzoo import registry
@@ -76,20 +77,21 @@ def _like(value: Any, default: Any) -> bool:
     return not isinstance(default, int | float) or isinstance(value, int | float)
 
 
-def _made(kind: Callable[..., Optimizer], model: nn.Module, params: Sequence[Any], options: Options) -> Optimizer:
+def _made(kind: Callable[..., Optimizer], params: Sequence[Any], options: Options) -> Optimizer:
     """An optimizer whose options torch takes: some are read in a step only, so a toy makes one first."""
-    toy = nn.Parameter(torch.ones(2, 2, device=next(model.parameters()).device))
-    toy.grad = torch.ones_like(toy)
-    try:
-        kind([toy], **options).step()
-    except Exception as error:  # nothing but the options can be wrong here
-        raise ValueError(error) from error
+    with unset_fake_temporarily():  # a plan's parameters have no values, and some optimizers read theirs
+        toy = nn.Parameter(torch.ones(2, 2))
+        toy.grad = torch.ones_like(toy)
+        try:
+            kind([toy], **options).step()
+        except Exception as error:  # nothing but the options can be wrong here
+            raise ValueError(error) from error
     return kind(params, **options)
 
 
 def _plain(kind: type[Optimizer], **defaults: Any) -> Callable[..., list[Optimizer]]:
     def build(model: nn.Module, lr: float, fallback_lr: float | None, options: Options) -> list[Optimizer]:
-        return [_made(kind, model, _groups(model, lr, fallback_lr), {"lr": lr} | defaults | _checked(kind, options))]
+        return [_made(kind, _groups(model, lr, fallback_lr), {"lr": lr} | defaults | _checked(kind, options))]
 
     return build
 
@@ -105,8 +107,8 @@ def _muon(model: nn.Module, lr: float, fallback_lr: float | None, options: Optio
     matrices = [group["params"] for group in param_groups(model) if group["name"] == "matrices"]
     rest = [group for group in _groups(model, lr, fallback_lr) if group["params"] not in matrices]
     return [
-        _made(torch.optim.Muon, model, [p for names in matrices for p in names], {"lr": lr} | muon),
-        _made(AdamW, model, rest, {"lr": lr, "fused": True} | _checked(AdamW, adam)),
+        _made(torch.optim.Muon, [p for names in matrices for p in names], {"lr": lr} | muon),
+        _made(AdamW, rest, {"lr": lr, "fused": True} | _checked(AdamW, adam)),
     ]
 
 

@@ -12,6 +12,10 @@ SIZES = {
     "60m": {"hidden_size": 512, "intermediate_size": 1376, "layers": 8, "heads": 8, "vocab": 32000},
     "130m": {"hidden_size": 768, "intermediate_size": 2048, "layers": 12, "heads": 12, "vocab": 32000},
     "350m": {"hidden_size": 1024, "intermediate_size": 2736, "layers": 24, "heads": 16, "vocab": 32000},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5461, "layers": 24, "heads": 32, "vocab": 32000},
+    "3b": {"hidden_size": 2560, "intermediate_size": 6848, "layers": 32, "heads": 32, "vocab": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "vocab": 32000},
+    "65b": {"hidden_size": 8192, "intermediate_size": 22016, "layers": 80, "heads": 64, "vocab": 32000},
 }
 
 
@@ -23,7 +27,7 @@ class Llama(Section):
     """A Llama with random weights; `size` fills in what is not said."""
 
     name: Literal["llama"]
-    size: Literal["60m", "130m", "350m"] | None = None
+    size: Literal["60m", "130m", "350m", "1b", "3b", "7b", "65b"] | None = None
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     layers: int = Field(gt=0)

@@ -1,0 +1,139 @@
+"""One training step, run to see what is alive in it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from optimzoo.memory.activations import call
+from optimzoo.memory.fakes import unpacked
+from optimzoo.memory.ledger import Ledger, ledger
+from optimzoo.memory.timeline import Timeline, share
+
+Make = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Unplannable(RuntimeError):
+    """A model or an optimizer that cannot run on fake tensors; the message names it and the reason."""
+
+
+class Rehearsal:
+    """One model, its optimizers and the timeline of their step."""
+
+    def __init__(self, model: nn.Module, batch: Any, loss: Loss, timeline: Timeline) -> None:
+        self.model, self.batch, self.loss, self.timeline = model, batch, loss, timeline
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        own = ledger(model).by("kind")
+        self.parameters = own.pop("parameter", 0)
+        self.buffers = sum(own.values())
+        self.inputs = sum(t.untyped_storage().nbytes() for t in tree_leaves(batch) if isinstance(t, Tensor))
+        self.optimizers: list[Optimizer] = []
+        self.activations = 0
+        self.state = Ledger(())
+
+    def make(self, make: Make | None) -> None:
+        """Make the optimizers and their state; what is born here is held from now on."""
+        if make is not None:
+            made = make(self.model)
+            self.optimizers = [made] if isinstance(made, Optimizer) else list(made)
+            with self._counting():
+                self._gradients()
+                self._update([o for o in self.optimizers if not hasattr(o, "memory")])  # others have their state
+                self._clear()
+        books = [o.memory() if hasattr(o, "memory") else ledger(o) for o in self.optimizers]
+        self.state = Ledger(tuple(entry for book in books for entry in book.entries))
+        ranks = self.timeline.world_size
+        self.timeline.held = share(self.parameters, ranks) + share(self.state.total, ranks) + self.buffers + self.inputs
+        self.timeline.live -= self.state.total  # a remainder is what optimizers hold without its being state
+        self.timeline.step_workspace = self.timeline.most_gradients = 0
+
+    def only_step(self, release: bool) -> None:
+        self.timeline.begin("step")
+        for part in [[p] for p in self.trained] if release else [self.trained]:
+            with self._counting():
+                self._gradients(part)
+                self._update(self.optimizers)
+                self._clear()
+
+    def step(self, accumulate: int, autocast: torch.dtype | None, release: bool) -> None:
+        for p in self.trained:
+            p.register_post_accumulate_grad_hook(self._release if release else self.timeline.arrived)
+        for _ in range(min(accumulate, 2)):  # from the second micro-batch on they are all alike
+            self.timeline.begin("forward")
+            before = self.timeline.live
+            with _named(type(self.model).__name__), unpacked():
+                with _autocast(self.model, autocast):
+                    loss = self.loss(self.model, self.batch)
+                self.activations = max(self.activations, self.timeline.live - before)
+                self.timeline.begin("backward")
+                loss.backward()
+        if not release and self.optimizers:
+            self.timeline.begin("step")
+            self._update(self.optimizers)
+
+    def _release(self, p: Tensor) -> None:
+        """As a hook: use the gradient of this parameter alone, and free it."""
+        with self._counting():
+            self.timeline.arrived(p)
+            self._update(self.optimizers)
+            self._clear([p])
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Steps inside are not counted by the groups: the one to plan is a step at which all periodic work is due."""
+        groups = [(group, dict(group)) for optimizer in self.optimizers for group in optimizer.param_groups]
+        yield
+        for group, before in groups:
+            group.update(before)
+
+    def _gradients(self, params: Sequence[Tensor] | None = None) -> None:
+        for p in self.trained if params is None else params:
+            p.grad = torch.empty_like(p)
+            self.timeline.arrived(p)
+
+    def _clear(self, params: Sequence[Tensor] | None = None) -> None:
+        for p in self.trained if params is None else params:
+            self.timeline.dropped(p)
+            p.grad = None
+
+    def _update(self, optimizers: Sequence[Optimizer]) -> None:
+        with self.timeline.stepping():
+            for optimizer in optimizers:
+                with _named(f"{type(optimizer).__module__.split('.')[0]}'s {type(optimizer).__name__}"):
+                    optimizer.step()
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The output's `loss`, or the mean of its first tensor."""
+    output = call(model, batch)
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    first = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad), None)
+    if first is None:
+        raise ValueError("nothing in its output requires a gradient; give plan a loss=")
+    return first.float().mean()
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> Any:
+    p = next(model.parameters(), None)
+    return nullcontext() if dtype is None or p is None else torch.autocast(p.device.type, dtype)
+
+
+@contextmanager
+def _named(who: str) -> Iterator[None]:
+    """What fails on fake tensors is told by name."""
+    try:
+        yield
+    except Unplannable:
+        raise
+    except Exception as error:
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "_local_scalar_dense" in detail:
+            detail = "it reads the value of a tensor, as .item() does, and a plan has no values"
+        raise Unplannable(f"{who} cannot be planned: {detail}") from error
