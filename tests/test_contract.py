@@ -15,6 +15,7 @@ from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
 from tests.cases import ALL, PLAIN, bare, build, give_gradients, loss_of, same, short_options, tiny, train, weights
+from tests.test_memory import reachable
 
 every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
 plain = pytest.mark.parametrize("cls", PLAIN.values(), ids=PLAIN.keys())  # those that need no layers of their own
@@ -162,6 +163,16 @@ def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype, round
         train(model, opt, step, step + 1)
     assert [record.step for record in opt.memory_history] == [1, 2, 3, 4]
     assert [record.state_bytes for record in opt.memory_history][:3] == totals[1:]
+
+
+@plain
+def test_every_reachable_byte_is_in_the_ledger(cls):
+    """Against the garbage collector's view of the object, which knows nothing of slots."""
+    model = tiny()
+    opt = cls(model, **short_options(cls))
+    for step in range(4):
+        assert opt.memory().total == sum(reachable(opt).values())
+        train(model, opt, step, step + 1)
 
 
 @every
