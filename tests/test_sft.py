@@ -324,6 +324,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
                 torch.save(sums, f"{folder}/sums_{rank}.pt")
         torch.save(model.state_dict(), f"{folder}/{regrow}_{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
 
 
 def free_port() -> int:
