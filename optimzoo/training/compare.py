@@ -1,9 +1,6 @@
 """Several runs on one page. Finished runs are not repeated, interrupted ones go on from their checkpoint."""
 
-import hashlib
-import json
 import multiprocessing
-import re
 import signal
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -12,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from optimzoo.training import report
-from optimzoo.training.data import build_corpus
 from optimzoo.training.errors import UserError
-from optimzoo.training.folder import Folder, versions, write_json
+from optimzoo.training.folder import Folder, write_json
+from optimzoo.training.places import place
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
 from optimzoo.training.sweep import Search, search, summary
-from optimzoo.training.trainer import train
+from optimzoo.training.trainer import prepare, train
 
 Result = dict[str, Any]
 
@@ -33,7 +30,10 @@ def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = Fal
     out = Path(folder)
     code()  # before anybody changes the sources that this process has loaded
     seeds = recipe.seeds or (recipe.seed,)
-    searches = {label: search(entry, recipe.sweep, seeds) for label, entry in recipe.entries().items()}
+    entries = recipe.entries()
+    for entry in entries.values():
+        prepare(entry, out, quiet)  # once, and before several processes ask for the same
+    searches = {label: search(entry, recipe.sweep, seeds) for label, entry in entries.items()}
     with _executor(jobs) as executor, Watch(quiet or jobs == 1) as watch:
         found = _drive(searches, out, executor, watch, quiet or jobs > 1)
     runs = {label: [place(out, label, run) for run in one["runs"]] for label, one in found.items()}
@@ -58,27 +58,6 @@ def _pairs(found: dict[str, Any]) -> Sequence[tuple[Recipe, Result]]:
 
 def _label(method: Result) -> str:
     return f"{method['label']} (lr {method['optimizer']['lr']:g})"
-
-
-def place(out: Path, label: str, run: Recipe) -> Path:
-    """The folder of one run: readable, and different when anything that decides the result is."""
-    facts = [
-        run.key,
-        _corpus_hash(json.dumps(run.run()["data"]), run),
-        *(versions()[name] for name in ("torch", "optimzoo")),
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-    words = re.sub(r"[^a-z0-9.]+", "-", f"{label} lr {run.optimizer.lr:g} seed {run.seed}".lower())
-    return out / f"{words.strip('-')}-{digest}"
-
-
-_CORPORA: dict[str, str] = {}
-
-
-def _corpus_hash(data: str, run: Recipe) -> str:
-    if data not in _CORPORA:
-        _CORPORA[data] = build_corpus(run).facts["sha256"]
-    return _CORPORA[data]
 
 
 class _Here(Executor):

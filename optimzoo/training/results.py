@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from optimzoo.core import ZooOptimizer
 from optimzoo.memory import Ledger, ledger
+from optimzoo.modules.delta_file import trainable_numbers
 from optimzoo.training.data import Corpus
 from optimzoo.training.folder import versions
 from optimzoo.training.recipe import Recipe
@@ -38,7 +39,7 @@ def summarise(
     recipe: Recipe, corpus: Corpus, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
-    weights = list(model.parameters())
+    weights, numbers = list(model.parameters()), trainable_numbers(model)
     by_kind: dict[str, int] = {}
     for optimizer in optimizers:
         for kind, nbytes in held(optimizer).by("kind").items():
@@ -54,7 +55,8 @@ def summarise(
         "seed": recipe.seed,
         "steps": len(rows),
         "tokens": len(rows) * tokens,
-        "parameters": sum(p.numel() for p in weights),
+        "parameters": numbers.total,
+        "trainable": numbers.trainable,
         "diverged": rows[-1]["validation_loss"] is None,
         "validation_loss": rows[-1]["validation_loss"],
         "best_validation_loss": min(held_out, default=None),
