@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from optimzoo.training import report
-from optimzoo.training.data import build_corpus
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
 from optimzoo.training.sweep import Search, search, summary
+from optimzoo.training.tasks import task_of
 from optimzoo.training.trainer import train
 
 Result = dict[str, Any]
@@ -77,7 +77,7 @@ _CORPORA: dict[str, str] = {}
 
 def _corpus_hash(data: str, run: Recipe) -> str:
     if data not in _CORPORA:
-        _CORPORA[data] = build_corpus(run).facts["sha256"]
+        _CORPORA[data] = task_of(run).data(run).facts["sha256"]
     return _CORPORA[data]
 
 
