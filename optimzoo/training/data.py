@@ -79,6 +79,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, sequence: int) -> Tensor:
 def build_corpus(recipe: Recipe) -> Corpus:
     """Read the recipe's data, and make sure that the model knows every token and that a sequence fits."""
     spec = recipe.data
+    assert isinstance(spec, PythonSource | Text | HuggingFace)
     if isinstance(spec, PythonSource):
         corpus = _python_source(spec)
     elif isinstance(spec, Text):
@@ -98,12 +99,18 @@ def build_corpus(recipe: Recipe) -> Corpus:
 
 
 def _python_source(spec: PythonSource) -> Corpus:
+    root, names = python_sources()
+    return _documents("python-source", root, _chosen(spec, names))
+
+
+def python_sources() -> tuple[Path, list[str]]:
+    """Where Python's standard library is, and which of its files are the embedded corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     names = [name for name in names if not _excluded(name)]
     if len(names) < 100:
         raise UserError(f"data: Python's standard library has no sources in {root}; use data.name: text with a path")
-    return _documents("python-source", root, _chosen(spec, names))
+    return root, names
 
 
 def _chosen(spec: Documents, names: list[str]) -> list[str]:
@@ -159,7 +166,7 @@ def _cut(name: str, tokens: np.ndarray, vocab: int) -> Corpus:
 
 
 def _hugging_face(spec: HuggingFace) -> Corpus:
-    tokenizer = _tokenizer(spec.tokenizer)
+    tokenizer = tokenizer_of(spec.tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = {False: array("i"), True: array("i")}  # four bytes a token: lists of ints would take nine times that
     for text in (row[spec.text_column] for row in _rows(spec, [spec.text_column])):
@@ -179,7 +186,7 @@ def _exchanges(spec: HuggingFace) -> Corpus:
 
     Rows whose prompt leaves no room for a response are passed over.
     """
-    tokenizer = _tokenizer(spec.tokenizer)
+    tokenizer = tokenizer_of(spec.tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = {False: array("i"), True: array("i")}
     starts = {False: array("q"), True: array("q")}
@@ -218,12 +225,12 @@ def _fill(text: str, row: dict[str, Any]) -> str:
     return re.sub(COLUMN, lambda found: str(row[found[1]]), text)
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
     transformers = needs("transformers", "data.tokenizer")
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.tokenizer: cannot load {name!r}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot load {name!r}: {first_line(error)}") from error
 
 
 def _rows(spec: HuggingFace, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -235,7 +242,7 @@ def _rows(spec: HuggingFace, columns: list[str]) -> Iterator[dict[str, Any]]:
             spec.dataset, spec.config, split=spec.split, data_files=spec.data_files, streaming=spec.streaming
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.dataset: cannot load {spec.dataset!r}: {_first_line(error)}") from error
+        raise UserError(f"data.dataset: cannot load {spec.dataset!r}: {first_line(error)}") from error
     for row in rows:
         for column in columns:
             if column not in row:
@@ -243,5 +250,5 @@ def _rows(spec: HuggingFace, columns: list[str]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).split("\n")[0]

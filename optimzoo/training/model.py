@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
 from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
-from optimzoo.training.sections import Conversion, Llama, Pretrained
+from optimzoo.training.sections import Conversion, Labelled, Llama, Pretrained
+
+HEADS = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
 
 
 def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -22,7 +25,7 @@ def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tens
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = _trained(recipe.model) if isinstance(recipe.model, Pretrained) else _from_config(recipe)
+        model = _trained(recipe, recipe.model) if isinstance(recipe.model, Pretrained) else _from_config(recipe)
         model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
         if weights is not None:
             try:
@@ -53,27 +56,34 @@ def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
     return _adapted(model, recipe) if converted else model
 
 
-def _trained(spec: Pretrained) -> nn.Module:
-    """The model with its weights, in the recipe's dtype from the start."""
-    from transformers import AutoModelForCausalLM
+def _trained(recipe: Recipe, spec: Pretrained) -> nn.Module:
+    """The model with its weights, in the recipe's dtype from the start; a head that it lacks has random ones."""
+    import transformers
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.id, revision=spec.revision or "main", dtype=getattr(torch, spec.dtype)
+        config = transformers.AutoConfig.from_pretrained(spec.id, revision=spec.revision or "main")
+        model = getattr(transformers, f"AutoModelFor{recipe.data.head}").from_pretrained(
+            spec.id,
+            revision=spec.revision or "main",
+            config=fitted(config, recipe),
+            dtype=getattr(torch, spec.dtype),
         )
     except (OSError, ValueError, ImportError) as error:  # no such name, no network, another kind of model, no library
         raise UserError(f"model.id: cannot load {spec.id!r}: {' '.join(str(error).split())}") from error
     model.config.use_cache = False
-    return model.train()
+    trained: nn.Module = model.train()
+    return trained
 
 
 def _from_config(recipe: Recipe) -> nn.Module:
     # Importing transformers takes seconds: only a run pays for it.
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    import transformers
+    from transformers import AutoConfig, LlamaConfig
 
     spec = recipe.model
+    build = getattr(transformers, f"AutoModelFor{recipe.data.head}").from_config
     if isinstance(spec, Llama):
-        config = LlamaConfig(
+        config: Any = LlamaConfig(
             vocab_size=spec.vocab,
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -84,19 +94,28 @@ def _from_config(recipe: Recipe) -> nn.Module:
             tie_word_embeddings=False,
             use_cache=False,
         )
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return build(fitted(config, recipe), attn_implementation="sdpa")
     try:
         if isinstance(spec, Pretrained):
             config = AutoConfig.from_pretrained(spec.id, revision=spec.revision or "main")
-        else:
+        elif isinstance(spec.config, Path):
             config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**spec.config)
         config.use_cache = False
         config.dtype = torch.get_default_dtype()  # the recipe's, or to be converted: not what the file asks for
-        return AutoModelForCausalLM.from_config(config)
+        return build(fitted(config, recipe))
     except Exception as error:  # every architecture checks its own fields, with errors of its own
         text = " ".join(str(error).split("\n")[:2])
         place = f"id: {spec.id}" if isinstance(spec, Pretrained) else f"config: {spec.config}"
-        raise UserError(f"model.{place} is no causal language model's configuration: {text}") from error
+        raise UserError(f"model.{place} is no {HEADS[recipe.data.head]}'s configuration: {text}") from error
+
+
+def fitted(config: Any, recipe: Recipe) -> Any:
+    """The configuration with as many classes as the recipe's data have."""
+    if isinstance(recipe.data, Labelled):
+        config.num_labels = recipe.data.classes
+    return config
 
 
 def check_room(model: nn.Module, sequence: int, vocab: int) -> None:

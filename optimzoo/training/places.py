@@ -5,9 +5,9 @@ import json
 import re
 from pathlib import Path
 
-from optimzoo.training.data import build_corpus
 from optimzoo.training.folder import versions
 from optimzoo.training.recipe import Recipe
+from optimzoo.training.tasks import task_of
 
 _CORPORA: dict[str, str] = {}
 
@@ -24,5 +24,5 @@ def place(out: Path, label: str, run: Recipe) -> Path:
 def _corpus_hash(run: Recipe) -> str:
     data = json.dumps(run.run()["data"])
     if data not in _CORPORA:
-        _CORPORA[data] = build_corpus(run).facts["sha256"]
+        _CORPORA[data] = task_of(run).data(run).facts["sha256"]
     return _CORPORA[data]

@@ -17,6 +17,7 @@ from optimzoo.training.sections import (
     Conversion,
     Entry,
     Evaluation,
+    Glue,
     HuggingFace,
     Llama,
     Memory,
@@ -24,6 +25,7 @@ from optimzoo.training.sections import (
     Patterns,
     Preparation,
     Pretrained,
+    PythonPackages,
     PythonSource,
     Schedule,
     Section,
@@ -40,7 +42,7 @@ class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
     model: Annotated[Llama | Transformers | Pretrained, Field(discriminator="name")]
-    data: Annotated[PythonSource | Text | HuggingFace, Field(discriminator="name")]
+    data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
     pretrain: Preparation | None = None
     optimizer: OptimizerSpec
     freeze: Patterns = ()  # names of parameters; what `modules` then puts in is trained
