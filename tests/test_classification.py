@@ -34,11 +34,14 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return laid_out(tmp_path_factory.mktemp("glue"))
+
+
+def laid_out(root: Path) -> Path:
     """A folder laid out as GLUE is, with a tokenizer in it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    root = tmp_path_factory.mktemp("glue")
     words = sorted({word for sentence in SENTENCES for word in sentence.split()})
     known = {word: index for index, word in enumerate(["[PAD]", "</s>", "[CLS]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))

@@ -7,17 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 import optimzoo
+from optimzoo.memory import Plan
 from optimzoo.modules.delta_file import load_delta
-from optimzoo.training import UserError, compare, train
+from optimzoo.training import UserError, compare, load, train
 from optimzoo.training.data import build_corpus
 from optimzoo.training.folder import Folder
 from optimzoo.training.model import build_model, loss_of
 from optimzoo.training.planning import plans
-from optimzoo.training.recipe import validate
+from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.trainer import prepare
+from tests.test_classification import laid_out
 from tests.test_recipes import ROOT, toy
 
 
@@ -170,3 +178,51 @@ def test_the_loss_counts_responses_alone(text: Path, tmp_path: Path, monkeypatch
     assert len(corpus.validation_starts) > 0
     with pytest.raises(UserError, match="fewer than two prompts"):
         build_corpus(toy(text, data.replace("sequence: 12", "sequence: 6"), f"model.vocab={len(tokenizer)}"))
+
+
+# The recipes for real models, on small ones that are saved on the spot and loaded by the same code.
+
+
+def runs(recipe: Recipe, folder: Path) -> dict[str, dict]:
+    results = {}
+    for label, entry in recipe.entries().items():
+        results[label] = train(entry, folder / label, quiet=True)
+        assert math.isfinite(results[label]["validation_loss"])
+        assert (folder / label / "delta.safetensors").exists() == label.startswith("SFT")
+        (plan,) = plans(entry).values()  # PEFT converts its adapters, which a plan in bfloat16 cannot
+        assert label == "LoRA" or isinstance(plan, Plan), plan
+    assert list(results) == ["SFT-AG", "SFT-SM3", "LoRA", "full"]
+    trained = [result["trainable"] for result in results.values()]
+    assert trained[0] == trained[1] == trained[2] < trained[3] == results["full"]["parameters"]
+    return results
+
+
+SHORT = ["schedule.steps=3", "schedule.warmup=1", "data.batch=2", "data.sequence=12", "eval.batches=2"]
+
+
+def test_tuning_a_causal_model_to_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"instruction": f"say {n}", "context": f"{n} bears", "response": f"there are {n} bears"} for n in range(30)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = word_tokenizer(tmp_path, " ".join(" ".join(row.values()) for row in rows))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), **sizes)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    small = [f"model.id={tmp_path / 'model'}", f"data.tokenizer={tmp_path / 'tokenizer'}", "data.dataset=json"]
+    small += [f"data.data_files={tmp_path / 'rows.json'}", "data.accumulate=2"]
+    runs(load(ROOT / "recipes" / "finetune_instructions.yaml", [*SHORT, *small]), tmp_path)
+
+
+def test_roberta_on_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    glue = laid_out(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=40, max_position_embeddings=20, pad_token_id=0, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    small = [f"model.id={tmp_path / 'model'}", f"data.tokenizer={glue / 'tokenizer'}", f"data.dataset={glue}"]
+    results = runs(load(ROOT / "recipes" / "finetune_roberta_glue.yaml", [*SHORT, *small, "data.task=sst2"]), tmp_path)
+    assert all(0 <= result["validation_accuracy"] <= 1 for result in results.values())
