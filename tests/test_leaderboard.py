@@ -97,8 +97,8 @@ def test_a_comparison_leaves_a_page(text: Path, tmp_path: Path, monkeypatch: pyt
     assert json.loads((out / "comparison.json").read_text()) == result
 
     block = (out / "comparison.md").read_text()
-    lines = block.splitlines()
-    assert lines[2:4] == [f"| {' | '.join(page.cells(method))} |" for method in page.ranked(result["methods"])]
+    _, *lines = page.lines(result["methods"])
+    assert block.splitlines()[2:4] == [f"| {' | '.join(cells)} |" for cells in lines]
     assert f"| A beats B | **{claim['verdict']}** | " in block
     assert "`optimzoo compare toy.yaml`: 2 seed(s)" in block
     assert result["corpus"]["sha256"][:12] in block
@@ -110,7 +110,7 @@ def test_a_comparison_leaves_a_page(text: Path, tmp_path: Path, monkeypatch: pyt
     real = Run.log
     monkeypatch.setattr(Run, "log", lambda run, row, **more: (logged.update(row), real(run, row, **more)))
     assert compare(toy(text, ENTRIES, claims, "seeds=[0, 1]", "wandb={mode: offline}"), out, quiet=True) == result
-    assert logged["comparison/methods"].data == [page.cells(method) for method in page.ranked(result["methods"])]
+    assert logged["comparison/methods"].data == lines
     assert {"comparison/validation loss", "comparison/loss against bytes"} <= set(logged)
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -123,9 +123,16 @@ def test_a_comparison_leaves_a_page(text: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_table_ranks_and_says_what_is_open() -> None:
     shown = [method["label"] for method in page.ranked(ROWS)]
     assert shown == ["E", "F", "B", "C", "A", "D"]
-    assert page.cells(row("D", 1.0, None))[2:4] == ["diverged", "-"]
-    assert page.cells(row("E", 1.0))[2:4] == ["1.000", "-"]
-    assert page.cells({**row("E", 1.0), "interior": False})[1] == "0.001 (edge)"
+    headings, *lines = page.lines([row("D", 1.0, None), {**row("E", 1.0), "interior": False}, row("A", 1.0, 1.5)])
+    assert headings[:4] == ["method", "best lr", "validation loss", "spread"]
+    assert [line[:4] for line in lines] == [
+        ["E", "0.001 (edge)", "1.000", "-"],
+        ["A", "0.001", "1.250", "0.500"],
+        ["D", "0.001", "diverged", "-"],
+    ]
+    graded = {**row("F", 1.0), "accuracies": [0.5, 0.75]}
+    assert page.lines([graded])[0][4:5] == ["accuracy"]
+    assert page.lines([graded])[1][4] == "0.625 (spread 0.250)"
 
 
 def test_names_in_the_pareto_picture_stand_apart(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from optimzoo.training import page, report
 from optimzoo.training.claims import judge
-from optimzoo.training.data import build_corpus
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json, write_text
 from optimzoo.training.optimizers import missing
@@ -22,6 +21,7 @@ from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
 from optimzoo.training.surroundings import log_table
 from optimzoo.training.sweep import Search, search, summary
+from optimzoo.training.tasks import task_of
 from optimzoo.training.trainer import train
 
 Result = dict[str, Any]
@@ -74,7 +74,8 @@ def _publish(recipe: Recipe, result: Result, runs: dict[str, list[Path]], out: P
     report.draw_loss({_label(method): runs[method["label"]] for method in methods}, out / "loss.png")
     report.draw_memory(methods, out / "memory.png")
     page.draw_pareto(methods, out / "pareto.png")
-    log_table(recipe, out, page.HEADINGS, [page.cells(method) for method in page.ranked(methods)], methods)
+    headings, *lines = page.lines(methods)
+    log_table(recipe, out, headings, lines, methods)
 
 
 def _pairs(found: dict[str, Any]) -> Sequence[tuple[Recipe, Result]]:
@@ -102,7 +103,7 @@ _CORPORA: dict[str, str] = {}
 
 def _corpus_hash(data: str, run: Recipe) -> str:
     if data not in _CORPORA:
-        _CORPORA[data] = build_corpus(run).facts["sha256"]
+        _CORPORA[data] = task_of(run).data(run).facts["sha256"]
     return _CORPORA[data]
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from optimzoo.training.report import COLOURS, duration, figure, save, size
+from optimzoo.training.report import COLOURS, accuracy_text, duration, figure, save, size
 
 Method = Mapping[str, Any]
-HEADINGS = ("method", "best lr", "validation loss", "spread", "optimizer state", "of the weights", "workspace", "step")
 
 
 def ranked(methods: Sequence[Method]) -> list[Method]:
@@ -17,29 +16,37 @@ def ranked(methods: Sequence[Method]) -> list[Method]:
     return sorted(methods, key=lambda method: (method["validation_loss"] is None, method["validation_loss"]))
 
 
-def cells(method: Method) -> list[str]:
-    """A method's line."""
-    held, loss = method["bytes"], method["validation_loss"]
-    seeds = len(method["losses"]) > 1 and loss is not None
-    return [
-        method["label"],
-        f"{method['optimizer']['lr']:g}" + ("" if method.get("interior", True) else " (edge)"),
-        "diverged" if loss is None else f"{loss:.3f}",
-        f"{method['spread']:.3f}" if seeds else "-",
-        size(held["state"]),
-        f"{held['state'] / held['weights']:.2f}",
-        "-" if held["workspace"] is None else size(held["workspace"]),
-        duration(method["step_s"]),
-    ]
+def lines(methods: Sequence[Method]) -> list[list[str]]:
+    """The headings, then a line a method, the best loss first."""
+    accuracies = [accuracy_text(method) for method in ranked(methods)]
+    made = []
+    for method, accuracy in zip(ranked(methods), accuracies, strict=True):
+        held, loss = method["bytes"], method["validation_loss"]
+        cells = {
+            "method": method["label"],
+            "best lr": f"{method['optimizer']['lr']:g}" + ("" if method.get("interior", True) else " (edge)"),
+            "validation loss": "diverged" if loss is None else f"{loss:.3f}",
+            "spread": f"{method['spread']:.3f}" if len(method["losses"]) > 1 and loss is not None else "-",
+            "accuracy": accuracy,
+            "optimizer state": size(held["state"]),
+            "of the weights": f"{held['state'] / held['weights']:.2f}",
+            "workspace": "-" if held["workspace"] is None else size(held["workspace"]),
+            "step": duration(method["step_s"]),
+        }
+        if set(accuracies) == {"-"}:
+            del cells["accuracy"]
+        made.append(cells)
+    return [list(made[0]), *(list(cells.values()) for cells in made)]
 
 
 def table(methods: Sequence[Method], title: str) -> Table:
     """One line a method, the best loss first."""
+    headings, *rest = lines(methods)
     result = Table(title=title, title_justify="left")
-    for heading in HEADINGS:
+    for heading in headings:
         result.add_column(heading, justify="left" if heading == "method" else "right")
-    for method in ranked(methods):
-        result.add_row(*cells(method))
+    for cells in rest:
+        result.add_row(*cells)
     return result
 
 
@@ -58,19 +65,20 @@ def _part(part: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any], command: str) -> str:
     """Table, verdicts and where they come from, for a README."""
-    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(cells(m)) for m in ranked(result["methods"]))]
+    headings, *rest = lines(result["methods"])
+    text = [_line(headings), _line(["---"] * len(headings)), *map(_line, rest)]
     if result["claims"]:
-        lines += ["", _line(["claim", "verdict", "by"]), _line(["---"] * 3)]
+        text += ["", _line(["claim", "verdict", "by"]), _line(["---"] * 3)]
         for claim in result["claims"]:
-            lines.append(_line([claim["text"], f"**{claim['verdict']}**", "; ".join(map(_part, claim["parts"]))]))
+            text.append(_line([claim["text"], f"**{claim['verdict']}**", "; ".join(map(_part, claim["parts"]))]))
     corpus, packages = result["corpus"], result["versions"]
     seeds = max(len(method["losses"]) for method in result["methods"])
-    lines += ["", f"Made by `{command}`: {seeds} seed(s) at the best learning rate, torch {packages['torch']}, "]
-    lines[-1] += f"Python {corpus['python']}, data {corpus['name']}, sha256 {corpus['sha256'][:12]}."
-    lines += [f"No row {label}: {why}." for label, why in result["missing"].items()]
+    text += ["", f"Made by `{command}`: {seeds} seed(s) at the best learning rate, torch {packages['torch']}, "]
+    text[-1] += f"Python {corpus['python']}, data {corpus['name']}, sha256 {corpus['sha256'][:12]}."
+    text += [f"No row {label}: {why}." for label, why in result["missing"].items()]
     if result["stale"]:
-        lines.append(f"{len(result['stale'])} of the runs were made by other code than this.")
-    return "\n".join(lines) + "\n"
+        text.append(f"{len(result['stale'])} of the runs were made by other code than this.")
+    return "\n".join(text) + "\n"
 
 
 def _line(parts: Sequence[str]) -> str:

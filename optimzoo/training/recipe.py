@@ -18,10 +18,12 @@ from optimzoo.training.sections import (
     Conversion,
     Entry,
     Evaluation,
+    Glue,
     HuggingFace,
     Llama,
     Memory,
     OptimizerSpec,
+    PythonPackages,
     PythonSource,
     Schedule,
     Section,
@@ -38,7 +40,7 @@ class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
     model: Annotated[Llama | Transformers, Field(discriminator="name")]
-    data: Annotated[PythonSource | Text | HuggingFace, Field(discriminator="name")]
+    data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
     optimizer: OptimizerSpec
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule

@@ -34,6 +34,13 @@ def loss_text(method: Result) -> str:
     return f"{method['validation_loss']:.3f}{spread}"
 
 
+def accuracy_text(method: Result) -> str:
+    """The share of right answers, with its spread where there are several seeds."""
+    values = [v for v in method.get("accuracies", [method.get("validation_accuracy")]) if v is not None]
+    spread = f" (spread {max(values) - min(values):.3f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{spread}" if values else "-"
+
+
 def table(methods: Sequence[Result], title: str) -> Table:
     """One column a method: loss, optimizer bytes by kind, workspace, time of a step."""
     kinds = list(dict.fromkeys(kind for method in methods for kind in method["bytes"]["state_by_kind"]))
@@ -44,6 +51,9 @@ def table(methods: Sequence[Result], title: str) -> Table:
 
     result.add_row("learning rate", *(f"{method['optimizer']['lr']:g}" for method in methods))
     result.add_row("validation loss", *map(loss_text, methods))
+    accuracies = [accuracy_text(method) for method in methods]
+    if set(accuracies) != {"-"}:
+        result.add_row("validation accuracy", *accuracies)
     result.add_row("optimizer bytes", *(size(one["state"]) for one in held))
     for kind in kinds:
         result.add_row(
