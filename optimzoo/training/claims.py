@@ -27,7 +27,7 @@ def judge(claims: Sequence[Claim], methods: Sequence[Method]) -> list[dict[str, 
 
 
 def _verdict(claim: Claim, known: Mapping[str, Method]) -> dict[str, Any]:
-    parts = []
+    parts: list[dict[str, Any]] = []
     for rule, names in claim.rules():
         if why := next((text for name in names if (text := _unfit(name, known))), None):
             parts.append({"rule": rule, "methods": list(names), "holds": None, "found": why})
