@@ -1,4 +1,4 @@
-"""The `optimzoo` command: list and show optimizers; plan, fit, run and compare recipes."""
+"""The `optimzoo` command: list and show optimizers; plan, fit, run and compare recipes; measure steps."""
 
 import contextlib
 import inspect
@@ -243,6 +243,74 @@ def fit(
         recipe = _planned(training, words, model, None, shape, changes)
         result = training.planning.fits(recipe, training.planning.bytes_of(gpu), **how)
     print(json.dumps(result.as_dict()) if as_json else result)
+
+
+@app.command()
+def bench(
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME[:OPTION=VALUE,...]]...",
+            help="Such as cosmos frugal:projection=rows,density=0.5; by default all of the zoo. "
+            "With --training also wta-crs.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Yardsticks, repeatable; by default torch.adamw and torch.muon (with AdamW for the rest)."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "--shapes", help="A Llama (60m 130m ... 65b), a recipe, or a transformers config.json."
+        ),
+    ] = "60m",
+    layers: Annotated[str, typer.Option(help="Layers of a Llama; 8,32,128 shows how cost grows.")] = "2",
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Step embeddings and head too: AdamW's in nearly all methods.")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--training", help="Whole training steps: forward, backward, optimizer, at equal batch.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every candidate is run, in turns.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before, not counted.")] = 3,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="With --training: sequences at a time.")] = 4,
+    sequence: Annotated[int, typer.Option(min=1, help="With --training: tokens of a sequence.")] = 128,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the CPU; by default torch's own choice.")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure steps on this machine: 20th percentiles of interleaved rounds, ratios to yardsticks, bytes beside.
+
+    The run is called invalid where the median lies 1.3 times above the 20th percentile: then the machine was busy.
+    """
+    training = _training()
+    with _one_sentence(ImportError):
+        from optimzoo import bench as benches
+    wanted = benches.Wanted(
+        model=model,
+        optimizers=optimizers or (),
+        against=against or (),
+        layers=layers,
+        embeddings=embeddings,
+        training=whole,
+        rounds=rounds,
+        warmup=warmup,
+        dtype=dtype,
+        batch=batch,
+        sequence=sequence,
+        threads=threads,
+        device=device,
+    )
+    with _one_sentence(training.UserError):
+        result = benches.run(wanted, quiet=as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        benches.show(result, out)
 
 
 def _planned(
