@@ -111,8 +111,3 @@ def on_host(tensor: Tensor) -> bool:
     if isinstance(tensor, FakeTensor) and getattr(tensor.fake_mode, "stands_for", "cpu") != "cpu":
         return False
     return tensor.device.type == "cpu"
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there is anything to read."""
-    return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")
