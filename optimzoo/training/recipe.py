@@ -15,13 +15,16 @@ from optimzoo.training.parsing import parse, put
 from optimzoo.training.problems import explain
 from optimzoo.training.sections import (
     Checkpoint,
+    Claim,
     Conversion,
     Entry,
     Evaluation,
+    Glue,
     HuggingFace,
     Llama,
     Memory,
     OptimizerSpec,
+    PythonPackages,
     PythonSource,
     Schedule,
     Section,
@@ -39,7 +42,7 @@ class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
     model: Annotated[Llama | Transformers, Field(discriminator="name")]
-    data: Annotated[PythonSource | Text | HuggingFace, Field(discriminator="name")]
+    data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
     optimizer: OptimizerSpec
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
@@ -56,6 +59,7 @@ class Recipe(Section):
     compare: tuple[Entry, ...] = ()
     sweep: Sweep | None = None
     seeds: tuple[Seed, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @field_validator("seeds")
     @classmethod
@@ -77,9 +81,17 @@ class Recipe(Section):
             raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
         return self
 
+    @model_validator(mode="after")
+    def _claims_are_about_entries(self) -> Self:
+        labels = [entry.label for entry in self.compare]
+        for name in (name for claim in self.claims for _, names in claim.rules() for name in names):
+            if name not in labels:
+                raise ValueError(f"claims: no entry of compare is called {name!r}{nearest(name, labels)}")
+        return self
+
     def run(self) -> dict[str, Any]:
         """Everything that describes one run, as plain data."""
-        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds"})
+        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds", "claims"})
 
     @property
     def key(self) -> str:
