@@ -102,7 +102,8 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
     decided = {"loss": task_of(recipe).loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
-    return {**decided, **how, "device": device}
+    checkpointing = how.pop("checkpointing", False) or recipe.checkpointing
+    return {**decided, **how, "checkpointing": checkpointing, "device": device}
 
 
 def bytes_of(text: str) -> int:

@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
@@ -19,6 +19,7 @@ from optimzoo.training.sections import (
     Evaluation,
     Glue,
     HuggingFace,
+    Labelled,
     Llama,
     Memory,
     OptimizerSpec,
@@ -45,6 +46,8 @@ class Recipe(Section):
     schedule: Schedule
     clip: float = Field(default=1.0, ge=0)  # 0: never
     autocast: Literal["bf16", "none"] = "none"
+    checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in backward
+    norms: Literal["none", "position", "sample", "token"] = "none"  # what sampled layers know, as NormCache has it
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -62,6 +65,14 @@ class Recipe(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{list(seeds)} names a seed twice; name each once")
         return seeds
+
+    @model_validator(mode="after")
+    def _numbered(self) -> Self:
+        if self.norms in ("sample", "token") and not isinstance(self.data, Labelled):
+            raise ValueError(
+                f"norms={self.norms!r} needs data whose examples have numbers (labelled ones); use position"
+            )
+        return self
 
     def run(self) -> dict[str, Any]:
         """Everything that describes one run, as plain data."""
