@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
+WIDE = 4  # methods that a table with a column each has room for
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML file, such as recipes/quickstart.yaml.")]
 Set = Annotated[
@@ -120,7 +121,7 @@ def run(
         print(json.dumps(result))
         return
     out.print(training.report.table([result], f"{place}: {result['steps']} steps, {result['tokens']:,} tokens"))
-    _pictures(place)
+    _files(place, "loss.png", "memory.png")
 
 
 @app.command()
@@ -149,7 +150,8 @@ def compare(
     changes += [f"seeds=[{seeds}]"] if seeds else []
     place = folder or Path("runs") / recipe.stem
     with _one_sentence(training.UserError):
-        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json)
+        command = " ".join(["optimzoo", *sys.argv[1:]])
+        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json, command=command)
     if result["stale"]:
         print(f"note: made by other code, delete to repeat: {', '.join(result['stale'])}", file=sys.stderr)
     for label, why in result["missing"].items():
@@ -159,10 +161,14 @@ def compare(
         return
     corpus = result["corpus"]
     caption = f"data {corpus['name']}, sha256 {corpus['sha256'][:12]}, Python {corpus['python']}"
-    out.print(training.report.table(result["methods"], str(place)), caption, sep="\n", highlight=False)
-    if any("tried" in method for method in result["methods"]):
-        out.print(training.report.sweeps(result["methods"]))
-    _pictures(place)
+    methods = result["methods"]
+    table = training.report.table if len(methods) <= WIDE else training.page.table  # columns have more to say
+    out.print(table(methods, str(place)), caption, sep="\n", highlight=False)
+    if result["claims"]:
+        out.print(training.page.verdicts(result["claims"]), highlight=False)
+    if swept := [method for method in methods if "tried" in method]:
+        out.print(training.report.sweeps(swept))
+    _files(place, "loss.png", "memory.png", "pareto.png", "comparison.md")
 
 
 Words = Annotated[
@@ -329,8 +335,8 @@ def _planned(
     return training.planning.described(model, optimizer or "adamw", options, device="cuda", **shape)
 
 
-def _pictures(folder: Path) -> None:
-    out.print(f"pictures: {folder / 'loss.png'} {folder / 'memory.png'}", highlight=False, soft_wrap=True)
+def _files(folder: Path, *names: str) -> None:
+    out.print("see", *(str(folder / name) for name in names), highlight=False, soft_wrap=True)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from optimzoo.training.parsing import parse, put
 from optimzoo.training.problems import explain
 from optimzoo.training.sections import (
     Checkpoint,
+    Claim,
     Conversion,
     Entry,
     Evaluation,
@@ -58,6 +59,7 @@ class Recipe(Section):
     compare: tuple[Entry, ...] = ()
     sweep: Sweep | None = None
     seeds: tuple[Seed, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @field_validator("seeds")
     @classmethod
@@ -67,16 +69,22 @@ class Recipe(Section):
         return seeds
 
     @model_validator(mode="after")
-    def _numbered(self) -> Self:
+    def _examples_have_numbers(self) -> Self:
         if self.norms in ("sample", "token") and not isinstance(self.data, Labelled):
-            raise ValueError(
-                f"norms={self.norms!r} needs data whose examples have numbers (labelled ones); use position"
-            )
+            raise ValueError(f"norms={self.norms!r} needs labelled data, whose examples have numbers; use position")
+        return self
+
+    @model_validator(mode="after")
+    def _claims_are_about_entries(self) -> Self:
+        labels = [entry.label for entry in self.compare]
+        for name in (name for claim in self.claims for _, names in claim.rules() for name in names):
+            if name not in labels:
+                raise ValueError(f"claims: no entry of compare is called {name!r}{nearest(name, labels)}")
         return self
 
     def run(self) -> dict[str, Any]:
         """Everything that describes one run, as plain data."""
-        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds"})
+        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds", "claims"})
 
     @property
     def key(self) -> str:

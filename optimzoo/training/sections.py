@@ -190,6 +190,34 @@ class Sweep(Section):
         return tuple(sorted(set(values)))
 
 
+CLAIM_LABELS = {"below": 2, "at_most": 2, "near": 2, "between": 3, "closes": 3}  # how many labels each rule takes
+
+
+class Claim(Section):
+    """What a paper says about rows of the comparison, by their labels; `training/claims.py` has the rules."""
+
+    text: str = Field(min_length=1)
+    below: tuple[str, ...] = ()
+    at_most: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    closes: tuple[str, ...] = ()
+
+    def rules(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(rule, labels) of every rule that the claim names."""
+        return [(name, getattr(self, name)) for name in CLAIM_LABELS if getattr(self, name)]
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.rules():
+            raise ValueError(f"a claim needs one of {', '.join(CLAIM_LABELS)} with labels of entries")
+        for name, labels in self.rules():
+            wanted = CLAIM_LABELS[name]
+            if len(labels) != wanted and (name != "below" or len(labels) < wanted):
+                raise ValueError(f"{name} takes {wanted} labels{' or more' * (name == 'below')}, not {len(labels)}")
+        return self
+
+
 class Entry(BaseModel):
     """One line of a comparison: a label, and the sections in which it differs from the recipe."""
 
