@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What may be added to a divisor: where a gradient is zero, less than float32's smallest normal number is 0 / 0.
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Hyper:
