@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +30,8 @@ from tests.test_memory import reachable
 
 HOME = str(Path(optimzoo.__file__).parent)
 CASES = 10_000
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+COMMON |= {"database": None, "phases": (Phase.explicit, Phase.generate)}  # a case is small enough to be read as it is
 SHORT = settings(max_examples=40, **COMMON)
 LONG = settings(max_examples=-(-CASES // len(ALL)), **COMMON)
 
