@@ -145,6 +145,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides, whose values are YAML too."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""

@@ -186,14 +186,18 @@ def restore(
     try:
         model.load_state_dict(state["model"])
         for schedule, part in zip(schedulers, state["schedulers"], strict=True):
+            own = {key: type(value) for key, value in schedule.state_dict().items()}
+            if own != {key: type(value) for key, value in part.items()}:
+                raise ValueError("the state of a schedule is no such thing")
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
         if norms:
             norms.load_state_dict(state["norms"])
         return int(state["step"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]  # torch lists every key in a line of its own
+        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {words}") from error
 
 
 def draw(home: Folder, result: dict[str, Any]) -> None:
