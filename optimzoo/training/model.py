@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optimzoo import modules
 from optimzoo.core.hyper import nearest
+from optimzoo.memory.fakes import checkpoint_blocks
 from optimzoo.training.errors import UserError
 from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
@@ -27,6 +28,7 @@ def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tens
         torch.manual_seed(recipe.seed)
         model = _trained(recipe, recipe.model) if isinstance(recipe.model, Pretrained) else _from_config(recipe)
         model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
+<<<<<<< HEAD
         if weights is not None:
             try:
                 model.load_state_dict(weights)
@@ -42,7 +44,27 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
         convert(model, conversion)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("freeze: nothing is left to train; freeze less, or add an adapter to modules")
+=======
+        for conversion in recipe.modules:
+            convert(model, conversion)
+    if recipe.checkpointing:
+        try:
+            checkpoint_blocks(model)
+        except ValueError as error:
+            raise UserError(f"checkpointing: {error}") from error
+>>>>>>> main
     return model
+
+
+def norm_cache(recipe: Recipe, model: nn.Module, examples: int) -> modules.NormCache | None:
+    """What the model's sampled layers remember of their gradients' sizes, where the recipe says `norms`."""
+    if recipe.norms == "none":
+        return None
+    length = recipe.data.sequence if recipe.norms in ("token", "position") else None
+    try:
+        return modules.NormCache(model, examples, recipe.norms, length)
+    except ValueError as error:
+        raise UserError(f"norms: {error}") from error
 
 
 def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
