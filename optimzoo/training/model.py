@@ -28,13 +28,18 @@ def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tens
         torch.manual_seed(recipe.seed)
         model = _trained(recipe, recipe.model) if isinstance(recipe.model, Pretrained) else _from_config(recipe)
         model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
-<<<<<<< HEAD
         if weights is not None:
             try:
                 model.load_state_dict(weights)
             except RuntimeError as error:
                 raise UserError(f"pretrain: its weights do not fit this model: {error}") from error
-        return _adapted(model, recipe)
+        _adapted(model, recipe)
+    if recipe.checkpointing:
+        try:
+            checkpoint_blocks(model)
+        except ValueError as error:
+            raise UserError(f"checkpointing: {error}") from error
+    return model
 
 
 def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -44,15 +49,6 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
         convert(model, conversion)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("freeze: nothing is left to train; freeze less, or add an adapter to modules")
-=======
-        for conversion in recipe.modules:
-            convert(model, conversion)
-    if recipe.checkpointing:
-        try:
-            checkpoint_blocks(model)
-        except ValueError as error:
-            raise UserError(f"checkpointing: {error}") from error
->>>>>>> main
     return model
 
 

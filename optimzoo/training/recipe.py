@@ -117,7 +117,9 @@ class Recipe(Section):
         """The run whose weights this one starts from."""
         if self.pretrain is None:
             return None
-        values = self.run() | self.pretrain.model_dump(mode="json") | {"pretrain": None, "release": False}
+        values = (
+            self.run() | self.pretrain.model_dump(mode="json") | {"pretrain": None, "release": False, "norms": "none"}
+        )
         values["data"] = merged(self.run()["data"], self.pretrain.data)
         values["checkpoint"]["every"] = self.checkpoint.every or self.pretrain.schedule.steps  # the last one is needed
         return validate(values, "pretrain")

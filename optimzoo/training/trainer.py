@@ -14,12 +14,9 @@ from torch.utils._pytree import tree_map
 from optimzoo.core import release_gradients
 from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
-<<<<<<< HEAD
+from optimzoo.modules import NormCache
 from optimzoo.modules.delta_file import save_delta
 from optimzoo.modules.sparse_delta import SparseDeltaLinear
-=======
-from optimzoo.modules import NormCache
->>>>>>> main
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
 from optimzoo.training.errors import UserError
@@ -133,16 +130,12 @@ def _run(
                 log.sync()
                 save(recipe, home, step + 1, model, optimizers, schedulers, norms)
 
-<<<<<<< HEAD
-        result = summarise(recipe, corpus, model, optimizers, log.rows)
-    if any(isinstance(module, SparseDeltaLinear) for module in model.modules()):
-        save_delta(model, home.delta)
-=======
         batch = to(device, corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence))
         with autocast(recipe, device):
             activations = saved(model, batch, task.loss).total
         result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
->>>>>>> main
+    if any(isinstance(module, SparseDeltaLinear) for module in model.modules()):
+        save_delta(model, home.delta)
     write_json(home.result, result)
     return result
 
