@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimzoo.core import checkpoint
 from optimzoo.core.engine import Member, check_gradient, run, specs
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
-from optimzoo.core.routing import LAYOUTS, Route
+from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
@@ -89,12 +89,21 @@ class ZooOptimizer(torch.optim.Optimizer):
         self._lost = Lost()
         self._plans: dict[int, tuple[Any, list[Member]]] = {}
         self._state_bytes = 0
+        params = self.default_groups(params) if isinstance(params, nn.Module) else params
         groups = as_groups(params, type(self).__name__)
         self.inspect_groups(groups)
         super().__init__(groups, {name: option.default for name, option in self.options.items()} | given)
         self._remember()
 
     # What a method may override beside its rule.
+
+    @classmethod
+    def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
+        """The groups that a model stands for when it is given in their place; a start for groups of one's own."""
+        groups = param_groups(model)
+        if not groups:
+            raise ValueError(f"{cls.__name__} got a module without trainable parameters; check requires_grad")
+        return groups
 
     @staticmethod
     def due(count: int, h: Any) -> bool:
