@@ -64,6 +64,14 @@ class LayerOptimizer(MatrixOptimizer):
             )
         self.layers = scheduled_layers(model, name)
         super().__init__(params, lr, **options)
+        for layer in self.layers.values():  # a model that was trained before has counts of its own
+            self.note_count(layer)
+
+    def note_count(self, layer: Any) -> None:
+        """Bring the layer's count in the state up to date."""
+        for p in layer.parameters():
+            if "reselections" in self.state.get(p, {}):
+                self.state[p]["reselections"].copy_(layer.reselections)
 
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         for name, layer in self.layers.items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from optimzoo.core import checkpoint
 from optimzoo.core.engine import Member, check_gradient, run, specs
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
-from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
+from optimzoo.core.hyper import Hyper, dtype_name, hashable, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
 from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.storage import (
@@ -140,6 +140,7 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     # What users call.
 
+    @torch._disable_dynamo  # inside a compiled loop: a loop over all parameters is nothing to trace
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's value, if one was given."""
         loss = None
@@ -235,6 +236,8 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over groups and state. All is checked before anything is written; dtypes stay this optimizer's own."""
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()  # hooks may edit it, and it is the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -253,7 +256,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     @classmethod
     def hypers(cls, group: dict[str, Any], **instead: Any) -> Any:
         """This rule's options out of a group: what rules call `h`. `instead` replaces some of them."""
-        found = {name: group.get(name, option.default) for name, option in cls.options.items() if name != "lr"}
+        found = {n: hashable(group.get(n, option.default)) for n, option in cls.options.items() if n != "lr"}
         return cls.Options(**(found | instead))
 
     # Members, routes and slots.
@@ -278,7 +281,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         changed = False
         for index, group in enumerate(self.param_groups):
             token = (
-                tuple(group[name] for name in self.options if name != "lr"),
+                tuple(hashable(group[name]) for name in self.options if name != "lr"),
                 tuple((id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in group["params"]),
                 self.period(group),
             )

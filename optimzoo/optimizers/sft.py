@@ -191,7 +191,7 @@ class SFT(Entries, LayerOptimizer):
             grow = grown_by_sums(state["candidates"], state["grad_sum"], state["grad_micro"], layer.indices, drop)
         drop, grow = from_first_rank(drop), from_first_rank(grow)  # ties may fall differently on other devices
         source = layer.reselect(group["step"], drop=drop, grow=grow)[p]
-        state["reselections"].copy_(layer.reselections)
+        self.note_count(layer)
         if not covered:
             follow(state, layer.indices, source, group["betas"])
 

@@ -74,7 +74,6 @@ class SST(AdamW, LayerOptimizer):
         for name, layer in self.layers.items():
             if count_of(layer) == 0:
                 self._draw(name, 0)
-            self._note_count(layer)
 
     # Groups and routes.
 
@@ -170,8 +169,4 @@ class SST(AdamW, LayerOptimizer):
             else:
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key].copy_(self.state[p][key][source])
-        self._note_count(layer)
-
-    def _note_count(self, layer: Any) -> None:
-        if layer.s in self.state:
-            self.state[layer.s]["reselections"].copy_(layer.reselections)
+        self.note_count(layer)
