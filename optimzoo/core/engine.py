@@ -175,7 +175,6 @@ def _step_one(
     lost: Tensor | None,
 ) -> None:
     p, rule, h = member.p, member.route.rule, member.route.h
-    before = {} if ok is None else {name: t.clone() for name, t in state.items() if name != "step"}
     if "step" in state:
         state["step"].add_(1 if ok is None else ok)
     seed = fold(getattr(h, "seed", 0), member.name, count)
@@ -184,16 +183,29 @@ def _step_one(
         for start in pieces(p):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
+            before = _copies(part, ok)
             u = _direction(member, piece, w, part, count, seed + start, ok, extras)
             drawn = None if chance is None else chance + start
             apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after, error=part.get(ERROR), seed=drawn, lost=lost)
+            _restore(part, before, ok)
     else:
+        before = _copies(state, ok)
         w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
         u = from_matrix(_direction(member, matrix, w, state, count, seed, ok, extras), p, member.route.layout)
         apply_update(p, u, lr, h.weight_decay, ok, rule.decay_after, error=state.get(ERROR), seed=chance, lost=lost)
+        _restore(state, before, ok)
+
+
+def _copies(state: State, ok: Tensor | None) -> State:
+    """The slots as they are before the step, where only the device will know whether it counts."""
+    return {} if ok is None else {name: t.clone() for name, t in state.items() if name != "step"}
+
+
+def _restore(state: State, before: State, ok: Tensor | None) -> None:
+    """Put the slots back where the gradient was not to be used; written in place, without a third copy."""
     if ok is not None:
         for name, old in before.items():
-            state[name].copy_(torch.where(ok, state[name], old))
+            torch.where(ok, state[name], old, out=state[name])
 
 
 def _direction(

@@ -1,5 +1,6 @@
 """Transformers models with random weights, converted as the recipe says."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 from optimzoo import modules
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
+from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
-from optimzoo.training.sections import Conversion, Llama
+from optimzoo.training.sections import Conversion, Labelled, Llama
+
+HEADS = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
 
 
 def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
@@ -17,9 +21,9 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = _from_config(recipe)
-    model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
-    for conversion in recipe.modules:
-        convert(model, conversion)
+        model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
+        for conversion in recipe.modules:
+            convert(model, conversion)
     return model
 
 
@@ -38,11 +42,13 @@ def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
 
 def _from_config(recipe: Recipe) -> nn.Module:
     # Importing transformers takes seconds: only a run pays for it.
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    import transformers
+    from transformers import AutoConfig, LlamaConfig
 
     spec = recipe.model
+    build = getattr(transformers, f"AutoModelFor{recipe.data.head}").from_config
     if isinstance(spec, Llama):
-        config = LlamaConfig(
+        config: Any = LlamaConfig(
             vocab_size=spec.vocab,
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -53,15 +59,26 @@ def _from_config(recipe: Recipe) -> nn.Module:
             tie_word_embeddings=False,
             use_cache=False,
         )
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return build(fitted(config, recipe), attn_implementation="sdpa")
     try:
-        config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        if isinstance(spec.config, Path):
+            config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**spec.config)
         config.use_cache = False
         config.dtype = torch.get_default_dtype()  # the recipe's, or to be converted: not what the file asks for
-        return AutoModelForCausalLM.from_config(config)
+        return build(fitted(config, recipe))
     except Exception as error:  # every architecture checks its own fields, with errors of its own
         text = " ".join(str(error).split("\n")[:2])
-        raise UserError(f"model.config: {spec.config} is no causal language model's configuration: {text}") from error
+        wanted = HEADS[recipe.data.head]
+        raise UserError(f"model.config: {spec.config} is no {wanted}'s configuration: {text}") from error
+
+
+def fitted(config: Any, recipe: Recipe) -> Any:
+    """The configuration with as many classes as the recipe's data have."""
+    if isinstance(recipe.data, Labelled):
+        config.num_labels = recipe.data.classes
+    return config
 
 
 def check_room(model: nn.Module, sequence: int, vocab: int) -> None:
@@ -82,11 +99,13 @@ def check_room(model: nn.Module, sequence: int, vocab: int) -> None:
 
 def convert(model: nn.Module, conversion: Conversion) -> list[str]:
     """Replace the layers that one entry of the recipe's `modules` names; the names of those layers."""
-    known = modules.kinds()
-    if conversion.kind not in known:
-        raise UserError(f"modules: no layer is called {conversion.kind!r}{nearest(conversion.kind, known)}")
+    known, options = modules.kinds(), conversion.model_extra or {}
     try:
-        return modules.convert(model, known[conversion.kind], conversion.match, **(conversion.model_extra or {}))
+        if conversion.kind == "lora":
+            return inject(model, conversion.match, options)
+        if conversion.kind not in known:
+            raise ValueError(f"no layer is called {conversion.kind!r}{nearest(conversion.kind, [*known, 'lora'])}")
+        return modules.convert(model, known[conversion.kind], conversion.match, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"modules: {error}") from error
 
