@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.apply import CHUNK, apply_update, pieces
+from optimzoo.core.apply import CHUNK, apply_update
 from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import (
@@ -26,7 +26,6 @@ from optimzoo.core.storage import (
     State,
     close_slot,
     compute_dtype,
-    has_values,
     is_scale,
     on_host,
     open_slot,
@@ -35,6 +34,7 @@ from optimzoo.core.storage import (
 )
 from optimzoo.functional.quantize import BLOCK, blocks
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values, starts
 
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
@@ -180,7 +180,7 @@ def _step_one(
     seed = fold(getattr(h, "seed", 0), member.name, count)
     chance = fold(seed, "weight") if h.rounding == "stochastic" else None
     if rule.elementwise and _one_line(p, g, state):
-        for start in pieces(p):
+        for start in starts(p, CHUNK):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
             before = _copies(part, ok)
