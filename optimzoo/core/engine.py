@@ -92,7 +92,9 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
     if host and g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
         size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
     else:
-        size = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
+        # Squared again: the norm of a single number is no root of anything, and knows nothing of overflow.
+        norm = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
+        size = None if norm is None else norm.square_()
     if size is None or (host and not has_values(g)):
         return True
     if host:
@@ -221,7 +223,13 @@ def _direction(
     if rule.refresh is not None and rule.due(count, h):
         # A decomposition of NaN raises; what it makes of zeros is put back by whoever knows `ok`.
         known = g if ok is None else torch.where(ok, g, 0)
-        rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        try:
+            rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(
+                f"the gradient of {member.name!r} cannot be decomposed: it holds NaN or infinity, which only "
+                "check_finite=True leaves out"
+            ) from error
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):

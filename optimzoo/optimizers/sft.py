@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper
 from optimzoo.core.collecting import fold, follow
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.layers import COUNTER, LayerOptimizer, scheduled_layers
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.cover import sm3_sparse_update
@@ -34,7 +35,7 @@ class Entries(ZooOptimizer):
     """Adam for single entries, each with its own age: 10 bytes an entry."""
 
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="decay of the two averages")
-    eps: float = hyper(1e-6, ge=0, doc="added to the root of the second average before its bias is corrected")
+    eps: float = hyper(1e-6, ge=SMALLEST, doc="added to the root of the second average before its bias is corrected")
 
     decay_after = True
 
@@ -117,9 +118,8 @@ class SFT(Entries, LayerOptimizer):
         values = {layer.values for layer in scheduled_layers(model, cls.__name__).values()}
         groups = super().default_groups(model)
         deltas = [pair for group in groups for pair in group["params"] if pair[1] in values]
-        others = [[pair for pair in group["params"] if pair[1] not in values] for group in groups]
-        rest = [{**g, "params": o, "weight_decay": 0.0} for g, o in zip(groups, others, strict=True) if o]
-        return [{"params": deltas, "name": "deltas"}, *rest]
+        rest = [{**g, "params": [x for x in g["params"] if x[1] not in values], "weight_decay": 0.0} for g in groups]
+        return [{"params": deltas, "name": "deltas"}, *(group for group in rest if group["params"])]
 
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Bare matrices are nothing to warn of: AdamW takes them all."""
