@@ -14,6 +14,7 @@ from torch import Tensor
 from optimzoo.core.engine import Member, specs
 from optimzoo.core.groups import GROUP_KEYS
 from optimzoo.core.routing import clean_name
+from optimzoo.core.shards import local
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.core.storage import ERROR, SCALE, is_scale, transfer
 from optimzoo.functional.quantize import blocks
@@ -60,7 +61,7 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
         for key in (k for k in live if not is_scale(k, live) and k in saved_slots):
             transfer(saved_slots, live, key, fold(0, member.name, key))
         if ERROR in live and ERROR not in saved_slots:
-            live[ERROR].zero_()
+            local(live[ERROR]).zero_()
 
 
 def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[dict]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -
         )
     shapes = wanted | {ERROR: tuple(member.p.shape)}
     shapes |= {key + SCALE: (blocks(math.prod(shape)),) for key, shape in wanted.items()}
-    values = {key: torch.as_tensor(value) for key, value in saved.items()}
+    values = {key: value if isinstance(value, Tensor) else torch.as_tensor(value) for key, value in saved.items()}
     for key, value in values.items():
         if tuple(value.shape) != shapes[key]:
             raise ValueError(

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import checkpoint
-from optimzoo.core.engine import Member, check_gradient, run, specs
+from optimzoo.core.engine import Member, run, specs
+from optimzoo.core.gradients import check_gradient
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
 from optimzoo.core.routing import LAYOUTS, Route
+from optimzoo.core.shards import is_sharded, local, placed
 from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
@@ -65,6 +67,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
+    reads_weight: ClassVar[bool] = False  # the rule looks at `w`, which is otherwise not gathered where ranks share it
     decay_after: ClassVar[bool] = False  # decay the stepped weight, not the weight before the step
     releasing = False  # whether backward steps the parameters; set by `release_gradients`
     options: ClassVar[dict[str, Hyper]] = {}
@@ -161,7 +164,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and on_host(lr) and has_values(lr):
             lr = lr.item()
-        paced = [self.paced(member) for member in members if member.p.grad is not None]
+        # A parameter of which other ranks have rows may have a gradient there.
+        paced = [self.paced(member) for member in members if member.p.grad is not None or is_sharded(member.p)]
         self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
 
     @contextmanager
@@ -193,7 +197,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         rows = Routes()
         for _, members in self._plans.values():
             for m in members:
-                held = sum(t.untyped_storage().nbytes() for t in self.state[m.p].values())
+                held = _bytes(self.state[m.p].values())
                 rows.append((m.name, tuple(m.p.shape), m.route.rule.__name__.lower(), m.route.reason, held))
         return rows
 
@@ -290,10 +294,10 @@ class ZooOptimizer(torch.optim.Optimizer):
         owned = {member.p for _, plan in self._plans.values() for member in plan}
         for p in [p for p in self.state if p not in owned]:
             del self.state[p]
-        self._state_bytes = sum(t.untyped_storage().nbytes() for slots in self.state.values() for t in slots.values())
+        self._state_bytes = sum(_bytes(slots.values()) for slots in self.state.values())
         options = [value for group in self.param_groups for value in group.values() if isinstance(value, Tensor)]
         beside = (*options, *self._device_skips.values(), *self._lost.values())
-        self._state_bytes += sum(t.untyped_storage().nbytes() for t in beside)
+        self._state_bytes += _bytes(beside)
 
     def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
         """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
@@ -301,7 +305,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         slots: dict[str, Tensor] = {}
         for key, slot in specs(member).items():
             old = have.get(key)
-            if old is not None and (old.shape, old.dtype, old.device) == (slot.shape, slot.dtype, p.device):
+            same = old is not None and (old.shape, old.dtype, old.device) == (slot.shape, slot.dtype, p.device)
+            if old is not None and same and placed(old, p):
                 slots[key] = old
                 continue
             if old is not None and old.shape != slot.shape and group["step"] > 0:
@@ -332,6 +337,11 @@ class ZooOptimizer(torch.optim.Optimizer):
 
 
 ZooOptimizer.options = options_of(ZooOptimizer)  # `__init_subclass__` sees subclasses only
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that these hold on this rank."""
+    return sum(local(t).untyped_storage().nbytes() for t in tensors)
 
 
 def named_options(cls: type[ZooOptimizer], param_group: dict[str, Any]) -> dict[str, Any]:
