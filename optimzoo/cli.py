@@ -152,6 +152,8 @@ def compare(
         result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json)
     if result["stale"]:
         print(f"note: made by other code, delete to repeat: {', '.join(result['stale'])}", file=sys.stderr)
+    for label, why in result["missing"].items():
+        print(f"note: no row {label}: {why}", file=sys.stderr)
     if as_json:
         print(json.dumps(result))
         return

@@ -274,15 +274,20 @@ def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPa
     assert plan.workspace == pytest.approx(workspace, rel=0.01, abs=64)
 
 
-def test_slices_stand_for_all() -> None:
-    """A tensor of many slices is planned by two of them."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of many slices is planned by two of them, and costs no more than some slices either way."""
+    if device == "cuda":
+        for module in (engine, optimizer, storage):
+            monkeypatch.setattr(module, "on_host", lambda t: False)
     make = {"adamw": optimzoo.AdamW, "signs": lambda m: optimzoo.FRUGAL(m, density=0.0)}
     for make_one in make.values():
-        model = nn.Sequential(nn.Linear(1024, 1100, bias=False, dtype=torch.bfloat16), nn.Linear(1100, 8).bfloat16())
-        x = torch.ones(2, 1024, dtype=torch.bfloat16)
-        plan = optimzoo.plan(model, make_one, x)
+        model = nn.Sequential(nn.Linear(2048, 2050, bias=False, dtype=torch.bfloat16), nn.Linear(2050, 8).bfloat16())
+        x = torch.ones(2, 2048, dtype=torch.bfloat16)
+        plan = optimzoo.plan(model, make_one, x, device=device)
         state, workspace, _ = measured(model, make_one, lambda m, x=x: m(x).float().mean())
         assert (plan.state, plan.workspace) == (state, pytest.approx(workspace, rel=0.01, abs=64))
+        assert workspace < 2 * model[0].weight.numel()  # half a float32 copy
 
 
 # What fits.

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 
 from optimzoo.memory import ledger
 from optimzoo.training import UserError, compare, load, results, train
+from optimzoo.training.baselines import BASELINES
 from optimzoo.training.data import _excluded, build_corpus
 from optimzoo.training.folder import Folder
 from optimzoo.training.model import build_model, loss_of
-from optimzoo.training.optimizers import build_optimizers
+from optimzoo.training.optimizers import build_optimizers, missing
 from optimzoo.training.parsing import parse
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.schedule import factor
@@ -56,6 +59,8 @@ def test_recipe_runs_three_steps(path: Path, text: Path, tmp_path: Path) -> None
     data = f"data={{name: text, path: '{text}', sequence: 16, batch: 2}}"
     recipe = load(path, [LLAMA, data, "schedule.steps=3", "schedule.warmup=1", "eval.batches=2", "sweep=null"])
     for label, entry in recipe.entries().items():
+        if missing(entry.optimizer.name):
+            continue  # its package is in the extra `baselines`
         result = train(entry, tmp_path / label, quiet=True)
         assert result["steps"] == 3
         assert math.isfinite(result["validation_loss"])
@@ -380,8 +385,9 @@ def test_transformers_config(text: Path, tmp_path: Path) -> None:
     assert math.isfinite(train(recipe, tmp_path / "run", quiet=True)["validation_loss"])
 
 
-@pytest.mark.parametrize("name", ["torch.sgd", "torch.adafactor", "torch.muon", "torch.adamw", "adamw", "cosmos"])
+@pytest.mark.parametrize("name", ["adamw", "cosmos", *BASELINES])
 def test_fallback_lr_is_absolute_for_every_optimizer(name: str, text: Path) -> None:
+    installed(name)
     recipe = toy(text)
     model = build_model(recipe, torch.device("cpu"))
     options = {"rank": 4} if name == "cosmos" else {}
@@ -395,11 +401,82 @@ def test_fallback_lr_is_absolute_for_every_optimizer(name: str, text: Path) -> N
             for p in group["params"]:
                 kind = "rest" if name == "cosmos" and group.get("fallback") else "matrix"
                 assert id(p) not in found
-                found[id(p)] = group["lr"] * scale[kind]
+                found[id(p)] = float(group["lr"]) * scale[kind]
     assert len(found) == sum(1 for _ in model.parameters())
     for key, p in model.named_parameters():
         rest = p.ndim < 2 or "embed" in key or "lm_head" in key
         assert found[id(p)] == pytest.approx(3e-3 if rest else 8e-3), key
+
+
+def installed(name: str) -> None:
+    """Skip where a baseline's package is missing."""
+    if why := missing(name):
+        pytest.skip(why)
+
+
+OTHERS = [name for name, baseline in BASELINES.items() if baseline.package]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_run_with_another_packages_optimizer_resumes_bit_for_bit(name: str, text: Path, tmp_path: Path) -> None:
+    """Through a checkpoint that `weights_only` loads, past a change of projection; their bytes are counted."""
+    installed(name)
+    options = {"galore": ", rank: 4, update_proj_gap: 2", "apollo": ", rank: 4, update_proj_gap: 2"}.get(name, "")
+    recipe = toy(text, "checkpoint.every=3", optimizer=f"{{name: {name}, lr: 1e-2{options}}}", steps=6)
+    whole = train(recipe, tmp_path / "whole", quiet=True)
+    half = tmp_path / "half"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Folder, "save", stops_after(3, Folder.save))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, half, quiet=True)
+    result = train(recipe, half, resume=True, quiet=True)
+    assert [row["loss"] for row in Folder(half).rows()] == [row["loss"] for row in Folder(tmp_path / "whole").rows()]
+    assert result["validation_loss"] == whole["validation_loss"]
+    assert result["bytes"]["state"] == whole["bytes"]["state"] > 0
+    with pytest.raises(UserError, match=f"optimizer {name}: no option is called 'betaz'.*did you mean 'betas'"):
+        train(toy(text, optimizer=f"{{name: {name}, lr: 1e-2, betaz: 1}}"), tmp_path / "wrong", quiet=True)
+
+
+def stops_after(step: int, save: Any) -> Any:
+    def stopping(self: Folder, recipe: Recipe, done: int, parts: dict[str, Any]) -> None:
+        save(self, recipe, done, parts)
+        if done == step:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+def test_a_missing_package_costs_its_row_only(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    entries = "compare=[{label: GaLore, optimizer: {name: galore, lr: 1e-2}}, {label: A}]"
+    result = compare(toy(text, entries), tmp_path / "all", quiet=True)
+    assert [method["label"] for method in result["methods"]] == ["A"]
+    assert result["missing"] == {"GaLore": "galore needs galore-torch: pip install 'optimzoo[baselines]'"}
+    with pytest.raises(UserError, match="needs galore-torch"):
+        compare(toy(text, entries.replace(", {label: A}", "")), tmp_path / "none", quiet=True)
+    with pytest.raises(UserError, match="needs galore-torch"):
+        train(toy(text, optimizer="{name: galore, lr: 1e-2}"), tmp_path / "run", quiet=True)
+
+
+def test_lora_trains_adapters_and_what_is_in_no_layer(text: Path, tmp_path: Path) -> None:
+    recipe = toy(text, "modules=[{kind: lora, rank: 2, match: '*_proj', exclude: '*.o_proj'}]")
+    plain, model = (build_model(r, torch.device("cpu")) for r in (toy(text), recipe))
+    tokens = build_corpus(recipe).batch(0, 0, 0, 2, 16)
+    assert torch.equal(loss_of(plain, tokens), loss_of(model, tokens))  # B is zero
+    again = build_model(recipe, torch.device("cpu"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    for name, p in model.named_parameters():
+        frozen = "base_layer" in name
+        assert p.requires_grad == (not frozen), name
+        assert frozen <= ("_proj." in name)
+    assert "model.layers.0.self_attn.o_proj.weight" in dict(model.named_parameters())
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.scaling == {"default": 1.0}
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert train(recipe, tmp_path / "run", quiet=True)["bytes"]["state_by_kind"]["first moment"] == 4 * learning
+    for change, said in {"rnk: 2": "did you mean 'rank'", "match: 'no.*'": "finds no layer for LoRA"}.items():
+        with pytest.raises(UserError, match=f"modules: .*{said}"):
+            build_model(toy(text, f"modules=[{{kind: lora, {change}}}]"), torch.device("cpu"))
 
 
 def test_wandb_offline_never_asks(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +536,9 @@ def test_compare_caches_and_reports(text: Path, tmp_path: Path) -> None:
     assert compare(recipe, tmp_path / "all", quiet=True) == result
     assert stamps == {path: (path / "result.json").stat().st_mtime_ns for path in folders}
     assert {"comparison.json", "loss.png", "memory.png"} <= {path.name for path in (tmp_path / "all").iterdir()}
+    own = toy(text, "compare=[{label: A, seeds: [3], sweep: {values: [1e-2]}}, {label: B}]", "seeds=[0]")
+    swept, plain = compare(own, tmp_path / "own", quiet=True)["methods"]  # an entry's own protocol
+    assert (swept["seeds"], swept["best"], plain["seeds"], "best" in plain) == ([3], 1e-2, [0], False)
     with pytest.raises(UserError, match="two entries have the same label"):
         compare(toy(text, "compare=[{label: A}, {label: A}]"), tmp_path / "twice", quiet=True)
     with pytest.raises(UserError, match="is no number of the recipe"):

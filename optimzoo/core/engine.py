@@ -166,7 +166,6 @@ def _step_one(
     first: int,
 ) -> None:
     p, rule, h = member.p, member.route.rule, member.route.h
-    before = {} if ok is None else {name: shards.local(t).clone() for name, t in state.items() if name != "step"}
     if "step" in state:
         state["step"].add_(1 if ok is None else ok)
     seed = fold(getattr(h, "seed", 0), member.name, count)
@@ -178,20 +177,33 @@ def _step_one(
         for start in pieces(p):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
+            before = _copies(part, ok)
             u = _direction(member, piece, w, part, count, seed, ok, extras, first + start)
             change(w, u, error=part.get(ERROR), first=first + start)
+            _restore(part, before, ok)
     else:
-        layout, full = member.route.layout, {name: shards.whole(t) for name, t in state.items() if name != ERROR}
+        layout = member.route.layout
+        full = {name: shards.local(t) if name == ERROR else shards.whole(t) for name, t in state.items()}
+        before = _copies(full, ok)
         w, matrix = as_matrix(_weight(p, rule), layout), as_matrix(shards.whole(g), layout)
         u = from_matrix(_direction(member, matrix, w, full, count, seed, ok, extras, first), p, layout)
+        change(shards.local(p), shards.part(u, p), error=full.get(ERROR), first=first + shards.offset(p))
+        _restore(full, before, ok)
         for name, t in full.items():
-            shards.keep(t, state[name])
-        error = shards.local(state[ERROR]) if ERROR in state else None
-        change(shards.local(p), shards.part(u, p), error=error, first=first + shards.offset(p))
+            if name != ERROR:
+                shards.keep(t, state[name])
+
+
+def _copies(state: State, ok: Tensor | None) -> State:
+    """The slots as they are before the step, where only the device will know whether it counts."""
+    return {} if ok is None else {name: t.clone() for name, t in state.items() if name != "step"}
+
+
+def _restore(state: State, before: State, ok: Tensor | None) -> None:
+    """Put the slots back where the gradient was not to be used; written in place, without a third copy."""
     if ok is not None:
         for name, old in before.items():
-            held = shards.local(state[name])
-            held.copy_(torch.where(ok, held, old))
+            torch.where(ok, state[name], old, out=state[name])
 
 
 def _weight(p: Tensor, rule: Any) -> Tensor:

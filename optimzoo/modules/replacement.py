@@ -69,7 +69,7 @@ def convert(
     """
     if isinstance(model, nn.Linear | Replacement):
         raise ValueError("convert replaces layers inside a model, and this is a single layer: pass its parent module")
-    layers = _select(model, kind, _patterns(match), _patterns(exclude))
+    layers = select(model, kind.__name__, match, exclude)
     for name, layer in layers.items():
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(f"{name!r} has hooks that convert would drop: remove them first, and add them again after")
@@ -128,9 +128,11 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _select(
-    model: nn.Module, kind: type[Replacement], match: tuple[str, ...], exclude: tuple[str, ...]
+def select(
+    model: nn.Module, kind: str, match: str | Sequence[str], exclude: str | Sequence[str] = ()
 ) -> dict[str, nn.Linear]:
+    """The layers by name that `convert` with these patterns replaces; `kind` is what errors call the replacement."""
+    match, exclude = _patterns(match), _patterns(exclude)
     modules = dict(_walk(model))
     refusals = _refusals(model, modules)
     get_head = getattr(model, "get_output_embeddings", None)
@@ -140,14 +142,14 @@ def _select(
         if not _matches(name, match) or _matches(name, exclude):
             continue
         if name in match and name in refusals:
-            raise ValueError(f"{name!r} cannot become {kind.__name__}: {refusals[name]}")
+            raise ValueError(f"{name!r} cannot become {kind}: {refusals[name]}")
         if name not in match and (module is head or _matches(name, HEADS)):
             continue
         if name not in refusals:
             assert isinstance(module, nn.Linear)
             chosen[name] = module
     if not chosen:
-        raise ValueError(f"match={match} finds no layer for {kind.__name__}; {_advice(modules, refusals, match)}")
+        raise ValueError(f"match={match} finds no layer for {kind}; {_advice(modules, refusals, match)}")
     return chosen
 
 

@@ -15,6 +15,7 @@ from optimzoo.training import report
 from optimzoo.training.data import build_corpus
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
+from optimzoo.training.optimizers import missing
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
@@ -33,7 +34,15 @@ def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = Fal
     out = Path(folder)
     code()  # before anybody changes the sources that this process has loaded
     seeds = recipe.seeds or (recipe.seed,)
-    searches = {label: search(entry, recipe.sweep, seeds) for label, entry in recipe.entries().items()}
+    entries = recipe.entries()
+    absent = {label: why for label, entry in entries.items() if (why := missing(entry.optimizer.name))}
+    if len(absent) == len(entries):
+        raise UserError("; ".join(absent.values()))
+    searches = {
+        label: search(entry, entry.sweep or recipe.sweep, entry.seeds or seeds)
+        for label, entry in entries.items()
+        if label not in absent
+    }
     with _executor(jobs) as executor, Watch(quiet or jobs == 1) as watch:
         found = _drive(searches, out, executor, watch, quiet or jobs > 1)
     runs = {label: [place(out, label, run) for run in one["runs"]] for label, one in found.items()}
@@ -45,7 +54,8 @@ def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = Fal
         if result["code"] != code()
     ]
     methods = [summary(label, one) for label, one in found.items()]
-    result = {"methods": methods, "corpus": first["corpus"], "versions": first["versions"], "stale": stale}
+    result = {"methods": methods, "corpus": first["corpus"], "versions": first["versions"]}
+    result |= {"stale": stale, "missing": absent}
     write_json(out / "comparison.json", result)
     report.draw_loss({_label(method): runs[method["label"]] for method in methods}, out / "loss.png")
     report.draw_memory(methods, out / "memory.png")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from optimzoo import modules
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
+from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.sections import Conversion, Llama
 
@@ -17,9 +18,9 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = _from_config(recipe)
-    model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
-    for conversion in recipe.modules:
-        convert(model, conversion)
+        model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
+        for conversion in recipe.modules:
+            convert(model, conversion)
     return model
 
 
@@ -82,11 +83,13 @@ def check_room(model: nn.Module, sequence: int, vocab: int) -> None:
 
 def convert(model: nn.Module, conversion: Conversion) -> list[str]:
     """Replace the layers that one entry of the recipe's `modules` names; the names of those layers."""
-    known = modules.kinds()
-    if conversion.kind not in known:
-        raise UserError(f"modules: no layer is called {conversion.kind!r}{nearest(conversion.kind, known)}")
+    known, options = modules.kinds(), conversion.model_extra or {}
     try:
-        return modules.convert(model, known[conversion.kind], conversion.match, **(conversion.model_extra or {}))
+        if conversion.kind == "lora":
+            return inject(model, conversion.match, options)
+        if conversion.kind not in known:
+            raise ValueError(f"no layer is called {conversion.kind!r}{nearest(conversion.kind, [*known, 'lora'])}")
+        return modules.convert(model, known[conversion.kind], conversion.match, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"modules: {error}") from error
 

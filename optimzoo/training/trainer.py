@@ -69,7 +69,7 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
                 part.backward()
                 loss += part.detach()
             norm = clip(model, recipe.clip)
-            lr = optimizers[0].param_groups[0]["lr"]
+            lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
 
             # Counting allocations slows a step down: those steps are left out of the times.
             measured = step < 3 or (step + 1) % recipe.memory.every == 0
