@@ -64,6 +64,13 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
             local(live[ERROR]).zero_()
 
 
+def adopt_groups(optimizer: "ZooOptimizer", groups: list[dict[str, Any]]) -> None:
+    """Take over options and counts of saved groups, and make room for the slots that these want."""
+    for group, loaded in zip(optimizer.param_groups, groups, strict=True):
+        group |= _accepted(optimizer, loaded, [])
+    optimizer.relink()
+
+
 def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[dict]) -> dict[str, Any]:
     """What of a loaded group counts: known options, checked, and bookkeeping. torch's own flags are left out."""
     options = {k: v for k, v in loaded.items() if k in optimizer.options and k not in _LIVE_KEYS}

@@ -281,13 +281,20 @@ class ZooOptimizer(torch.optim.Optimizer):
             if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
                 continue
             members = self.members(index)
+            turned = known is not None and known[0][2] != token[2]
+            left = self._left(known[1]) if known is not None else {}
             for member in members:
-                turned = known is not None and known[0][2] != token[2]
-                self._fit(member, group, fresh=turned and member.route.periodic)
+                have = self.state.get(member.p) or left.get((member.name, member.p.shape), {})
+                self._fit(member, group, {} if turned and member.route.periodic else have)
             self._plans[index] = (token, members)
             changed = True
         if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):
             self._settle()
+
+    def _left(self, before: list[Member]) -> dict[tuple[str, torch.Size], dict[str, Tensor]]:
+        """State of parameters that are in no group any more, for those that FSDP has put in their places."""
+        now = {id(p) for group in self.param_groups for p in group["params"]}
+        return {(m.name, m.p.shape): self.state[m.p] for m in before if id(m.p) not in now and m.p in self.state}
 
     def _settle(self) -> None:
         """Drop what belongs to nobody and count what is held, so that a step need not walk."""
@@ -299,9 +306,9 @@ class ZooOptimizer(torch.optim.Optimizer):
         beside = (*options, *self._device_skips.values(), *self._lost.values())
         self._state_bytes += _bytes(beside)
 
-    def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
+    def _fit(self, member: Member, group: dict[str, Any], have: dict[str, Tensor]) -> None:
         """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
-        p, have = member.p, {} if fresh else self.state.get(member.p, {})
+        p = member.p
         slots: dict[str, Tensor] = {}
         for key, slot in specs(member).items():
             old = have.get(key)
