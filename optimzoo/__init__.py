@@ -1,7 +1,7 @@
 """optimzoo: memory-efficient optimizers for PyTorch that account for every byte they hold."""
 
 from optimzoo.core import AdamW, load_dcp, param_groups, release_gradients
-from optimzoo.memory import Ledger, Plan, StepMemory, ledger, track
+from optimzoo.memory import Ledger, Plan, StepMemory, ledger, log_memory, track
 from optimzoo.modules import convert, merge, unmerge
 from optimzoo.modules.delta_file import load_delta, save_delta, trainable_numbers
 from optimzoo.modules.norm_cache import NormCache
@@ -40,6 +40,7 @@ __all__ = [
     "ledger",
     "load_dcp",
     "load_delta",
+    "log_memory",
     "merge",
     "param_groups",
     "plan",

@@ -1,4 +1,4 @@
-"""The `optimzoo` command: list and show optimizers; plan, fit, run and compare recipes."""
+"""The `optimzoo` command: list and show optimizers; plan, fit, run and compare recipes; measure steps."""
 
 import contextlib
 import inspect
@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
+WIDE = 4  # methods that a table with a column each has room for
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML file, such as recipes/quickstart.yaml.")]
 Set = Annotated[
@@ -120,7 +121,7 @@ def run(
         print(json.dumps(result))
         return
     out.print(training.report.table([result], f"{place}: {result['steps']} steps, {result['tokens']:,} tokens"))
-    _pictures(place)
+    _files(place, "loss.png", "memory.png")
 
 
 @app.command()
@@ -149,7 +150,8 @@ def compare(
     changes += [f"seeds=[{seeds}]"] if seeds else []
     place = folder or Path("runs") / recipe.stem
     with _one_sentence(training.UserError):
-        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json)
+        command = " ".join(["optimzoo", *sys.argv[1:]])
+        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json, command=command)
     if result["stale"]:
         print(f"note: made by other code, delete to repeat: {', '.join(result['stale'])}", file=sys.stderr)
     for label, why in result["missing"].items():
@@ -159,10 +161,14 @@ def compare(
         return
     corpus = result["corpus"]
     caption = f"data {corpus['name']}, sha256 {corpus['sha256'][:12]}, Python {corpus['python']}"
-    out.print(training.report.table(result["methods"], str(place)), caption, sep="\n", highlight=False)
-    if any("tried" in method for method in result["methods"]):
-        out.print(training.report.sweeps(result["methods"]))
-    _pictures(place)
+    methods = result["methods"]
+    table = training.report.table if len(methods) <= WIDE else training.page.table  # columns have more to say
+    out.print(table(methods, str(place)), caption, sep="\n", highlight=False)
+    if result["claims"]:
+        out.print(training.page.verdicts(result["claims"]), highlight=False)
+    if swept := [method for method in methods if "tried" in method]:
+        out.print(training.report.sweeps(swept))
+    _files(place, "loss.png", "memory.png", "pareto.png", "comparison.md")
 
 
 Words = Annotated[
@@ -239,6 +245,74 @@ def fit(
     print(json.dumps(result.as_dict()) if as_json else result)
 
 
+@app.command()
+def bench(
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME[:OPTION=VALUE,...]]...",
+            help="Such as cosmos frugal:projection=rows,density=0.5; by default all of the zoo. "
+            "With --training also wta-crs.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Yardsticks, repeatable; by default torch.adamw and torch.muon (with AdamW for the rest)."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "--shapes", help="A Llama (60m 130m ... 65b), a recipe, or a transformers config.json."
+        ),
+    ] = "60m",
+    layers: Annotated[str, typer.Option(help="Layers of a Llama; 8,32,128 shows how cost grows.")] = "2",
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Step embeddings and head too: AdamW's in nearly all methods.")
+    ] = False,
+    whole: Annotated[
+        bool, typer.Option("--training", help="Whole training steps: forward, backward, optimizer, at equal batch.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every candidate is run, in turns.")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before, not counted.")] = 3,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="With --training: sequences at a time.")] = 4,
+    sequence: Annotated[int, typer.Option(min=1, help="With --training: tokens of a sequence.")] = 128,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the CPU; by default torch's own choice.")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to measure.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure steps on this machine: 20th percentiles of interleaved rounds, ratios to yardsticks, bytes beside.
+
+    The run is called invalid where the median lies 1.3 times above the 20th percentile: then the machine was busy.
+    """
+    training = _training()
+    with _one_sentence(ImportError):
+        from optimzoo import bench as benches
+    wanted = benches.Wanted(
+        model=model,
+        optimizers=optimizers or (),
+        against=against or (),
+        layers=layers,
+        embeddings=embeddings,
+        training=whole,
+        rounds=rounds,
+        warmup=warmup,
+        dtype=dtype,
+        batch=batch,
+        sequence=sequence,
+        threads=threads,
+        device=device,
+    )
+    with _one_sentence(training.UserError):
+        result = benches.run(wanted, quiet=as_json)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        benches.show(result, out)
+
+
 def _planned(
     training: Any,
     words: list[str] | None,
@@ -261,8 +335,8 @@ def _planned(
     return training.planning.described(model, optimizer or "adamw", options, device="cuda", **shape)
 
 
-def _pictures(folder: Path) -> None:
-    out.print(f"pictures: {folder / 'loss.png'} {folder / 'memory.png'}", highlight=False, soft_wrap=True)
+def _files(folder: Path, *names: str) -> None:
+    out.print("see", *(str(folder / name) for name in names), highlight=False, soft_wrap=True)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

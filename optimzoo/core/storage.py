@@ -135,6 +135,19 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype for products that need not be exact: bfloat16, but not on a CPU that has no instructions for it.
+
+    There one product of two 512 x 512 matrices takes a hundred times as long as in float32.
+    """
+    if tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.float32 if on_host(tensor) and not _CPU_HAS_BFLOAT16 else torch.bfloat16
+
+
+_CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether there is anything to read."""
     return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")

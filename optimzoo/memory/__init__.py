@@ -1,6 +1,6 @@
 """Bytes: what stays, what comes and goes, what would be needed. Works on any torch optimizer or module."""
 
-from optimzoo.memory.history import History, StepMemory, track
+from optimzoo.memory.history import History, StepMemory, log_memory, track
 from optimzoo.memory.ledger import KINDS, Entry, Ledger, ledger
 from optimzoo.memory.plan import Plan, plan
 from optimzoo.memory.reach import plain_tensors
@@ -17,6 +17,7 @@ __all__ = [
     "Unplannable",
     "Workspace",
     "ledger",
+    "log_memory",
     "plain_tensors",
     "plan",
     "track",

@@ -83,6 +83,24 @@ def track(optimizer: torch.optim.Optimizer, workspace: bool = False) -> History:
     return history
 
 
+def log_memory(optimizer: torch.optim.Optimizer, run: Any, workspace: bool = False) -> History:
+    """Send every step's bytes to a wandb run, as `memory/state_bytes`: one line after the optimizer is made.
+
+    They join the row of your own next `run.log(...)`. `workspace=True` adds `memory/workspace_bytes` at the price that
+    `track` names; `.remove()` on what is returned ends it. `run` is anything with wandb's `log(row, commit=False)`.
+    """
+    history = track(optimizer, workspace=workspace)
+
+    def send(_: torch.optim.Optimizer, peak: int | None, last: StepMemory | None) -> None:
+        if history and history[-1] is not last:
+            found = history[-1]
+            row = {"memory/state_bytes": found.state_bytes, "memory/workspace_bytes": found.workspace_bytes}
+            run.log({name: nbytes for name, nbytes in row.items() if nbytes is not None}, commit=False)
+
+    _wrap_step(optimizer, history, send, workspace=False)
+    return history
+
+
 def _complete(history: History, _: torch.optim.Optimizer, peak: int | None, last: StepMemory | None) -> None:
     """Add the workspace to the record that the optimizer has just made, if it made one."""
     if history and history[-1] is not last:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import MatrixOptimizer, Slot, hyper
-from optimzoo.functional.polar import newton_schulz
+from optimzoo.core.storage import product_dtype
+from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
 
 DEAD_ZONE = 8  # outside of the basis, less than this many sqrt(r) eps of D is rounding, which Muon would blow up
 NULL_ENERGY = 1e-10  # float32's noise squared: a column of U with less of the largest energy holds only rounding
+NORM_EPS = 1e-7  # Muon's, beside the norm of what is orthogonalised
 
 
 class COSMOS(MatrixOptimizer):
@@ -80,24 +82,27 @@ class COSMOS(MatrixOptimizer):
         step: float | Tensor,
     ) -> Tensor:
         rms_to_norm, limits = math.sqrt(g.numel()), torch.finfo(g.dtype)
-        momentum.mul_(h.betas[0]).add_(g)
-        weights = (1 - h.betas[0] ** step) / (1 - h.betas[0])
+        torch.add(g, momentum, alpha=h.betas[0], out=momentum)
+        weight = (1 - h.betas[0] ** step) / (1 - h.betas[0])
         if h.nesterov:
-            d = torch.add(g, momentum, alpha=h.betas[0]).div_(1 + h.betas[0] * weights)
-        else:
-            d = momentum / weights
-
-        image = follow(g, basis, gram, h.betas[1])
-        exp_avg_sq.mul_(h.betas[1]).addcmul_(image, image, value=1 - h.betas[1])
-        low = d @ basis
-        adam = low / (exp_avg_sq.sqrt().div_((1 - h.betas[1] ** step) ** 0.5).add_(h.eps))
+            weight = 1 + h.betas[0] * weight
+        low = follow(g, basis, gram, h.betas[1])
+        exp_avg_sq.mul_(h.betas[1]).addcmul_(low, low, value=1 - h.betas[1])
+        # What Muon takes has no name here, so that it dies as soon as the first product is there.
+        u = quintic_(_rest(g, momentum, basis, low, weight, h).to(product_dtype(g))).to(g.dtype)
+        adam = low.div_(weight * (exp_avg_sq.sqrt().div_((1 - h.betas[1] ** step) ** 0.5).add_(h.eps)))
         energy = gram.diagonal()
         adam = torch.where(energy > NULL_ENERGY * energy.max(), adam, 0)
-
-        noise = torch.linalg.vector_norm(d) * (DEAD_ZONE * math.sqrt(basis.shape[1]) * limits.eps)
-        rest = d.addmm_(low, basis.mT, alpha=-1)
-        rest.mul_(torch.linalg.vector_norm(rest) > noise)
-        muon = newton_schulz(rest)
-        norm = torch.linalg.vector_norm(muon, dtype=d.dtype)
-        u = d.copy_(muon).mul_(h.gamma * rms_to_norm / (norm + h.eps).clamp_min(limits.tiny)).addmm_(adam, basis.mT)
+        norm = torch.linalg.vector_norm(u)
+        u.mul_(h.gamma * rms_to_norm / (norm + h.eps).clamp_min(limits.tiny)).addmm_(adam, basis.mT)
         return u.mul_(h.lr_ratio * rms_to_norm / (torch.linalg.vector_norm(u) + h.eps).clamp_min(limits.tiny))
+
+
+def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
+    """The momentum outside of the basis at norm 1, and its image d U in `low`; d is left multiplied by `weight`."""
+    d = torch.add(g, momentum, alpha=h.betas[0]) if h.nesterov else momentum.clone()
+    torch.mm(d, basis, out=low)
+    noise = torch.linalg.vector_norm(d) * (DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps)
+    d.addmm_(low, basis.mT, alpha=-1)
+    size = torch.linalg.vector_norm(d)
+    return d.mul_(torch.where(size > noise, 1 / (size + NORM_EPS * weight), 0))

@@ -8,13 +8,15 @@ arXiv:2412.13148.
     u = D, scaled to RMS lr_ratio
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from optimzoo.core import MatrixOptimizer, Slot, hyper
+from optimzoo.core.storage import product_dtype
 from optimzoo.functional.norms import scale_to_rms_, standardise_rows
-from optimzoo.functional.polar import newton_schulz, polar_exact
+from optimzoo.functional.polar import polar_exact, quintic_
 
 THIN = 8  # below, whitening is hardly more than a rotation, and centring takes a direction away that counts
 
@@ -30,7 +32,9 @@ class SWAN(MatrixOptimizer):
     lr_ratio: float = hyper(1.0, ge=0, doc="RMS of a matrix step as a multiple of lr")
     center: bool = hyper(True, doc="subtract the row means; without, rows are only scaled")
     backend: str = hyper(
-        "fast", one_of=("fast", "exact"), doc="polar factor by 5 steps in bfloat16, or by 12 in float32"
+        "fast",
+        one_of=("fast", "exact"),
+        doc="polar factor by 5 steps in bfloat16 where that is fast, or by 12 in float32",
     )
 
     paper = "Ma et al. 2024, arXiv:2412.13148"
@@ -46,6 +50,10 @@ class SWAN(MatrixOptimizer):
 
     @staticmethod
     def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
-        whiten = newton_schulz if h.backend == "fast" else polar_exact
-        # The standardised gradient has no name here, so that it dies as soon as the polar factor has its own copy.
-        return scale_to_rms_(whiten(standardise_rows(g, h.center)).to(g.dtype), h.lr_ratio)
+        # The standardised gradient has no name here, so that it dies as soon as the polar factor is on its way.
+        if h.backend == "exact":
+            u = polar_exact(standardise_rows(g, h.center))
+        else:
+            of_norm_1 = 1 / math.sqrt(g.numel())
+            u = quintic_(scale_to_rms_(standardise_rows(g, h.center), of_norm_1).to(product_dtype(g)))
+        return scale_to_rms_(u.to(g.dtype), h.lr_ratio)

@@ -11,25 +11,31 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from optimzoo.training import report
-from optimzoo.training.data import build_corpus
+from optimzoo.training import page, report
+from optimzoo.training.claims import judge
 from optimzoo.training.errors import UserError
-from optimzoo.training.folder import Folder, versions, write_json
+from optimzoo.training.folder import Folder, versions, write_json, write_text
 from optimzoo.training.optimizers import missing
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
+from optimzoo.training.surroundings import log_table
 from optimzoo.training.sweep import Search, search, summary
+from optimzoo.training.tasks import task_of
 from optimzoo.training.trainer import train
 
 Result = dict[str, Any]
 
 
-def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = False) -> Result:
-    """Run every entry of the recipe's `compare`, with its sweep and seeds, and write one table and two pictures.
+def compare(
+    recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = False, command: str = "optimzoo compare"
+) -> Result:
+    """Run every entry of the recipe's `compare`, with its sweep and seeds, and put them on one page.
 
     `jobs` processes work at a time. Each run has its own folder below `folder`, named by a hash of all that decides its
-    result (recipe, corpus, versions), which is how a second call finds what the first one did.
+    result (recipe, corpus, versions), which is how a second call finds what the first one did. The page: a table, the
+    recipe's claims with verdicts, `comparison.json`, the same for a README in `comparison.md` (where `command` is said
+    to have made it), and three pictures.
     """
     out = Path(folder)
     code()  # before anybody changes the sources that this process has loaded
@@ -54,12 +60,22 @@ def compare(recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = Fal
         if result["code"] != code()
     ]
     methods = [summary(label, one) for label, one in found.items()]
-    result = {"methods": methods, "corpus": first["corpus"], "versions": first["versions"]}
-    result |= {"stale": stale, "missing": absent}
+    result = {"methods": methods, "claims": judge(recipe.claims, methods), "corpus": first["corpus"]}
+    result |= {"versions": first["versions"], "stale": stale, "missing": absent}
+    _publish(recipe, result, runs, out, command)
+    return result
+
+
+def _publish(recipe: Recipe, result: Result, runs: dict[str, list[Path]], out: Path, command: str) -> None:
+    """The files of the page, and where the recipe asks for it the same in wandb."""
+    methods = result["methods"]
     write_json(out / "comparison.json", result)
+    write_text(out / "comparison.md", page.markdown(result, command))
     report.draw_loss({_label(method): runs[method["label"]] for method in methods}, out / "loss.png")
     report.draw_memory(methods, out / "memory.png")
-    return result
+    page.draw_pareto(methods, out / "pareto.png")
+    headings, *lines = page.lines(methods)
+    log_table(recipe, out, headings, lines, methods)
 
 
 def _pairs(found: dict[str, Any]) -> Sequence[tuple[Recipe, Result]]:
@@ -87,7 +103,7 @@ _CORPORA: dict[str, str] = {}
 
 def _corpus_hash(data: str, run: Recipe) -> str:
     if data not in _CORPORA:
-        _CORPORA[data] = build_corpus(run).facts["sha256"]
+        _CORPORA[data] = task_of(run).data(run).facts["sha256"]
     return _CORPORA[data]
 
 
@@ -116,6 +132,15 @@ def _die_at_once() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _known(result: Result | None) -> Future | None:
+    """What a finished run left, without a process that looks for it."""
+    if result is None:
+        return None
+    future: Future = Future()
+    future.set_result(result)
+    return future
+
+
 def _work(values: dict[str, Any], folder: Path, quiet: bool) -> Result:
     return train(validate(values, "recipe"), folder, resume=True, quiet=quiet)
 
@@ -137,7 +162,7 @@ def _drive(
         pending[label] = []
         for run in runs:
             home = place(out, label, run)
-            future = executor.submit(_work, run.run(), home, quiet)
+            future = _known(Folder(home).finished(run)) or executor.submit(_work, run.run(), home, quiet)
             pending[label].append(future)
             folders[future] = (home.name, run.schedule.steps, Folder(home))
 

@@ -66,6 +66,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, sequence: int) -> Tensor:
 def build_corpus(recipe: Recipe) -> Corpus:
     """Read the recipe's data, and make sure that the model knows every token and that a sequence fits."""
     spec = recipe.data
+    assert isinstance(spec, PythonSource | Text | HuggingFace)
     if isinstance(spec, PythonSource):
         corpus = _python_source()
     elif isinstance(spec, Text):
@@ -83,12 +84,17 @@ def build_corpus(recipe: Recipe) -> Corpus:
 
 
 def _python_source() -> Corpus:
+    return _documents("python-source", *python_sources())
+
+
+def python_sources() -> tuple[Path, list[str]]:
+    """Where Python's standard library is, and which of its files are the embedded corpus."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     names = [name for name in names if not _excluded(name)]
     if len(names) < 100:
         raise UserError(f"data: Python's standard library has no sources in {root}; use data.name: text with a path")
-    return _documents("python-source", root, names)
+    return root, names
 
 
 def _excluded(name: str) -> bool:
@@ -127,7 +133,7 @@ def _cut(name: str, tokens: np.ndarray, vocab: int) -> Corpus:
 
 
 def _hugging_face(spec: HuggingFace) -> Corpus:
-    tokenizer = _tokenizer(spec.tokenizer)
+    tokenizer = tokenizer_of(spec.tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = {False: array("i"), True: array("i")}  # four bytes a token: lists of ints would take nine times that
     for text in _texts(spec):
@@ -142,12 +148,12 @@ def _hugging_face(spec: HuggingFace) -> Corpus:
     return Corpus(name, arrays[False], arrays[True], len(tokenizer))
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
     transformers = needs("transformers", "data.tokenizer")
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.tokenizer: cannot load {name!r}: {_first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot load {name!r}: {first_line(error)}") from error
 
 
 def _texts(spec: HuggingFace) -> Iterator[str]:
@@ -159,12 +165,12 @@ def _texts(spec: HuggingFace) -> Iterator[str]:
             spec.dataset, spec.config, split=spec.split, data_files=spec.data_files, streaming=spec.streaming
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.dataset: cannot load {spec.dataset!r}: {_first_line(error)}") from error
+        raise UserError(f"data.dataset: cannot load {spec.dataset!r}: {first_line(error)}") from error
     for row in rows:
         if spec.text_column not in row:
             raise UserError(f"data.text_column: {spec.text_column!r} is not a column; there are {', '.join(row)}")
         yield row[spec.text_column]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).split("\n")[0]

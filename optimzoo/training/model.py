@@ -1,5 +1,6 @@
 """Transformers models with random weights, converted as the recipe says."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
 from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
-from optimzoo.training.sections import Conversion, Llama
+from optimzoo.training.sections import Conversion, Labelled, Llama
+
+HEADS = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
 
 
 def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
@@ -39,11 +42,13 @@ def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
 
 def _from_config(recipe: Recipe) -> nn.Module:
     # Importing transformers takes seconds: only a run pays for it.
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    import transformers
+    from transformers import AutoConfig, LlamaConfig
 
     spec = recipe.model
+    build = getattr(transformers, f"AutoModelFor{recipe.data.head}").from_config
     if isinstance(spec, Llama):
-        config = LlamaConfig(
+        config: Any = LlamaConfig(
             vocab_size=spec.vocab,
             hidden_size=spec.hidden_size,
             intermediate_size=spec.intermediate_size,
@@ -54,15 +59,26 @@ def _from_config(recipe: Recipe) -> nn.Module:
             tie_word_embeddings=False,
             use_cache=False,
         )
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return build(fitted(config, recipe), attn_implementation="sdpa")
     try:
-        config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        if isinstance(spec.config, Path):
+            config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**spec.config)
         config.use_cache = False
         config.dtype = torch.get_default_dtype()  # the recipe's, or to be converted: not what the file asks for
-        return AutoModelForCausalLM.from_config(config)
+        return build(fitted(config, recipe))
     except Exception as error:  # every architecture checks its own fields, with errors of its own
         text = " ".join(str(error).split("\n")[:2])
-        raise UserError(f"model.config: {spec.config} is no causal language model's configuration: {text}") from error
+        wanted = HEADS[recipe.data.head]
+        raise UserError(f"model.config: {spec.config} is no {wanted}'s configuration: {text}") from error
+
+
+def fitted(config: Any, recipe: Recipe) -> Any:
+    """The configuration with as many classes as the recipe's data have."""
+    if isinstance(recipe.data, Labelled):
+        config.num_labels = recipe.data.classes
+    return config
 
 
 def check_room(model: nn.Module, sequence: int, vocab: int) -> None:

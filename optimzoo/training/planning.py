@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from optimzoo import planning
 from optimzoo.core.hyper import nearest
 from optimzoo.memory import Plan, Unplannable
 from optimzoo.training.errors import UserError
-from optimzoo.training.model import blueprint, convert, loss_of
+from optimzoo.training.model import blueprint, convert
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.parsing import parse
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.sections import SIZES
+from optimzoo.training.tasks import task_of
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -63,7 +64,7 @@ def plans(recipe: Recipe, **how: Any) -> dict[str, Plan | UserError]:
             found[label] = planning.plan(
                 partial(blueprint, entry),
                 partial(_optimizers, entry),
-                _batch(entry, entry.data.batch),
+                task_of(entry).blank(entry.data, entry.data.batch),
                 **_how(entry, how),
             )
         except UserError as error:
@@ -80,7 +81,7 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
     try:
         return planning.fit(
             lambda: blueprint(recipe, converted=False),
-            lambda size: _batch(recipe, size),
+            partial(task_of(recipe).blank, recipe.data),
             memory,
             batch=recipe.data.batch,
             **_how(recipe, how),
@@ -100,12 +101,8 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
-    decided = {"loss": loss_of, "accumulate": recipe.data.accumulate, "autocast": autocast}
+    decided = {"loss": task_of(recipe).loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
     return {**decided, **how, "device": device}
-
-
-def _batch(recipe: Recipe, size: int) -> Tensor:
-    return torch.empty(size, recipe.data.sequence + 1, dtype=torch.int64, device="meta")
 
 
 def bytes_of(text: str) -> int:

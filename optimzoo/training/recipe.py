@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
@@ -14,13 +14,16 @@ from optimzoo.training.parsing import parse, put
 from optimzoo.training.problems import explain
 from optimzoo.training.sections import (
     Checkpoint,
+    Claim,
     Conversion,
     Entry,
     Evaluation,
+    Glue,
     HuggingFace,
     Llama,
     Memory,
     OptimizerSpec,
+    PythonPackages,
     PythonSource,
     Schedule,
     Section,
@@ -37,7 +40,7 @@ class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
     model: Annotated[Llama | Transformers, Field(discriminator="name")]
-    data: Annotated[PythonSource | Text | HuggingFace, Field(discriminator="name")]
+    data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
     optimizer: OptimizerSpec
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
@@ -53,6 +56,7 @@ class Recipe(Section):
     compare: tuple[Entry, ...] = ()
     sweep: Sweep | None = None
     seeds: tuple[Seed, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @field_validator("seeds")
     @classmethod
@@ -61,9 +65,17 @@ class Recipe(Section):
             raise ValueError(f"{list(seeds)} names a seed twice; name each once")
         return seeds
 
+    @model_validator(mode="after")
+    def _claims_are_about_entries(self) -> Self:
+        labels = [entry.label for entry in self.compare]
+        for name in (name for claim in self.claims for _, names in claim.rules() for name in names):
+            if name not in labels:
+                raise ValueError(f"claims: no entry of compare is called {name!r}{nearest(name, labels)}")
+        return self
+
     def run(self) -> dict[str, Any]:
         """Everything that describes one run, as plain data."""
-        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds"})
+        return self.model_dump(mode="json", exclude={"compare", "sweep", "seeds", "claims"})
 
     @property
     def key(self) -> str:

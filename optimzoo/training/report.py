@@ -34,6 +34,13 @@ def loss_text(method: Result) -> str:
     return f"{method['validation_loss']:.3f}{spread}"
 
 
+def accuracy_text(method: Result) -> str:
+    """The share of right answers, with its spread where there are several seeds."""
+    values = [v for v in method.get("accuracies", [method.get("validation_accuracy")]) if v is not None]
+    spread = f" (spread {max(values) - min(values):.3f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{spread}" if values else "-"
+
+
 def table(methods: Sequence[Result], title: str) -> Table:
     """One column a method: loss, optimizer bytes by kind, workspace, time of a step."""
     kinds = list(dict.fromkeys(kind for method in methods for kind in method["bytes"]["state_by_kind"]))
@@ -44,6 +51,9 @@ def table(methods: Sequence[Result], title: str) -> Table:
 
     result.add_row("learning rate", *(f"{method['optimizer']['lr']:g}" for method in methods))
     result.add_row("validation loss", *map(loss_text, methods))
+    accuracies = [accuracy_text(method) for method in methods]
+    if set(accuracies) != {"-"}:
+        result.add_row("validation accuracy", *accuracies)
     result.add_row("optimizer bytes", *(size(one["state"]) for one in held))
     for kind in kinds:
         result.add_row(
@@ -75,7 +85,7 @@ def sweeps(methods: Sequence[Result]) -> Table:
 
 def draw_loss(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
     """Training loss (smoothed, thin) and validation loss (dots) of every method's runs."""
-    figure, axes = _figure(4.5)
+    drawing, axes = figure(4.5)
     lowest, highest = float("inf"), 0.0
     for (label, folders), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
         for index, folder in enumerate(folders):
@@ -96,12 +106,12 @@ def draw_loss(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save(drawing, path)
 
 
 def draw_memory(methods: Sequence[Result], path: Path) -> None:
     """Bytes beside each other: weights, what the optimizer remembers by kind, what a step needs for a moment."""
-    figure, axes = _figure(1.6 + 0.6 * len(methods))
+    drawing, axes = figure(1.6 + 0.6 * len(methods))
     visible = max(method["bytes"]["weights"] for method in methods) / 1000  # counters would be lines in the legend only
     held = [method["bytes"]["state_by_kind"] for method in methods]
     kinds = list(dict.fromkeys(kind for one in held for kind, nbytes in one.items() if nbytes > visible))
@@ -126,7 +136,7 @@ def draw_memory(methods: Sequence[Result], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("MiB")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
-    _save(figure, path)
+    save(drawing, path)
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
@@ -138,15 +148,17 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return result
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    # Figure without pyplot: nothing global, no display.
+def figure(height: float) -> tuple[Any, Any]:
+    """A figure and its axes, without pyplot: nothing global, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
+    drawing = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(drawing)
+    axes = drawing.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return drawing, axes
 
 
-def _save(figure: Any, path: Path) -> None:
-    write(path, lambda file: figure.savefig(file, format="png"))
+def save(drawing: Any, path: Path) -> None:
+    write(path, lambda file: drawing.savefig(file, format="png"))

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from optimzoo.core import ZooOptimizer
 from optimzoo.memory import Ledger, ledger
-from optimzoo.training.data import Corpus
 from optimzoo.training.folder import versions
 from optimzoo.training.recipe import Recipe
+from optimzoo.training.tasks import Data
 
 
 def held(optimizer: Optimizer) -> Ledger:
@@ -35,7 +35,7 @@ def _bytes(optimizer: Optimizer) -> int:
 
 
 def summarise(
-    recipe: Recipe, corpus: Corpus, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
+    recipe: Recipe, corpus: Data, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
     weights = list(model.parameters())
@@ -58,6 +58,7 @@ def summarise(
         "diverged": rows[-1]["validation_loss"] is None,
         "validation_loss": rows[-1]["validation_loss"],
         "best_validation_loss": min(held_out, default=None),
+        "validation_accuracy": rows[-1].get("validation_accuracy"),
         "bytes": {
             "weights": sum(p.numel() * p.element_size() for p in weights),
             "largest_parameter": max(p.numel() * p.element_size() for p in weights),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,8 @@ SIZES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32, "heads": 32, "vocab": 32000},
     "65b": {"hidden_size": 8192, "intermediate_size": 22016, "layers": 80, "heads": 64, "vocab": 32000},
 }
+
+PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 
 
 class Section(BaseModel):
@@ -48,14 +50,15 @@ class Llama(Section):
 
 
 class Transformers(Section):
-    """Any causal language model of transformers, with random weights, from its configuration file."""
+    """Any model of transformers that fits the data, with random weights: `config` is a file, or its fields."""
 
     name: Literal["transformers"]
-    config: Path
+    config: Path | dict[str, Any]
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Batches(Section):
+    head: ClassVar[str] = "CausalLM"  # as transformers calls the models that read these data
     sequence: int = Field(default=128, gt=0)
     batch: int = Field(default=16, gt=0)
     accumulate: int = Field(default=1, gt=0)
@@ -86,6 +89,39 @@ class HuggingFace(Batches):
     tokenizer: str
     tokens: int = Field(default=10_000_000, gt=0)
     streaming: bool = False
+
+
+class Labelled(Batches):
+    """Texts in classes, padded to `sequence`; an epoch has each once."""
+
+    head: ClassVar[str] = "SequenceClassification"
+
+    @property
+    def classes(self) -> int:
+        raise NotImplementedError
+
+
+class PythonPackages(Labelled):
+    """Lines of the embedded corpus, as words: which package of Python's standard library are they from?"""
+
+    name: Literal["python-packages"]
+
+    @property
+    def classes(self) -> int:
+        return len(PACKAGES)
+
+
+class Glue(Labelled):
+    """A task of GLUE, tokenised; `dataset` may be a folder that is laid out alike."""
+
+    name: Literal["glue"]
+    task: Literal["cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"]
+    tokenizer: str
+    dataset: str = "nyu-mll/glue"
+
+    @property
+    def classes(self) -> int:
+        return 3 if self.task == "mnli" else 2
 
 
 class OptimizerSpec(BaseModel):
@@ -152,6 +188,34 @@ class Sweep(Section):
     @classmethod
     def _sorted(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(values)))
+
+
+CLAIM_LABELS = {"below": 2, "at_most": 2, "near": 2, "between": 3, "closes": 3}  # how many labels each rule takes
+
+
+class Claim(Section):
+    """What a paper says about rows of the comparison, by their labels; `training/claims.py` has the rules."""
+
+    text: str = Field(min_length=1)
+    below: tuple[str, ...] = ()
+    at_most: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    closes: tuple[str, ...] = ()
+
+    def rules(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(rule, labels) of every rule that the claim names."""
+        return [(name, getattr(self, name)) for name in CLAIM_LABELS if getattr(self, name)]
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.rules():
+            raise ValueError(f"a claim needs one of {', '.join(CLAIM_LABELS)} with labels of entries")
+        for name, labels in self.rules():
+            wanted = CLAIM_LABELS[name]
+            if len(labels) != wanted and (name != "below" or len(labels) < wanted):
+                raise ValueError(f"{name} takes {wanted} labels{' or more' * (name == 'below')}, not {len(labels)}")
+        return self
 
 
 class Entry(BaseModel):

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,42 @@ def wandb(recipe: Recipe, folder: Path) -> Iterator[Any]:
     if recipe.wandb.mode == "off":
         yield lambda row: None
         return
-    library = needs("wandb", "wandb.mode")
-    if recipe.wandb.mode == "online" and not library.api.api_key:
-        raise UserError("wandb.mode=online needs an account on this machine: run `wandb login`, or use mode: offline")
-    settings = library.Settings(silent=True, console="off")
-    config = flat(recipe.run())
-    run = library.init(
-        project=recipe.wandb.project,
-        name=recipe.wandb.run,
-        mode=recipe.wandb.mode,
-        dir=str(folder),
-        config=config,
-        settings=settings,
-    )
+    run = _wandb_run(recipe, folder)
     try:
         yield lambda row: run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
     finally:
         run.finish()
+
+
+def _wandb_run(recipe: Recipe, folder: Path) -> Any:
+    library = needs("wandb", "wandb.mode")
+    if recipe.wandb.mode == "online" and not library.api.api_key:
+        raise UserError("wandb.mode=online needs an account on this machine: run `wandb login`, or use mode: offline")
+    return library.init(
+        project=recipe.wandb.project,
+        name=recipe.wandb.run,
+        mode=recipe.wandb.mode,
+        dir=str(folder),
+        config=flat(recipe.run()),
+        settings=library.Settings(silent=True, console="off"),
+    )
+
+
+def log_table(
+    recipe: Recipe, folder: Path, headings: Sequence[str], lines: Sequence[list[str]], methods: Sequence[Any]
+) -> None:
+    """A comparison in wandb, where the recipe asks for it: its table, and loss, bytes and times as charts."""
+    if recipe.wandb.mode == "off":
+        return
+    run = _wandb_run(recipe, folder)
+    library = needs("wandb", "wandb.mode")
+    plot, table = library.plot, library.Table
+    numbers = [[m["label"], m["validation_loss"], m["bytes"]["state"], m["step_s"]] for m in methods]
+    data = table(columns=["method", "validation loss", "state bytes", "step seconds"], data=numbers)
+    charts = {
+        f"comparison/{name}": plot.bar(data, "method", name, title=name)
+        for name in ("validation loss", "state bytes", "step seconds")
+    }
+    charts["comparison/loss against bytes"] = plot.scatter(data, "state bytes", "validation loss")
+    run.log({"comparison/methods": table(columns=list(headings), data=list(lines)), **charts})
+    run.finish()

@@ -90,6 +90,7 @@ def summary(label: str, found: dict[str, Any]) -> dict[str, Any]:
         "validation_loss": sum(losses) / len(losses) if known else None,
         "spread": max(losses) - min(losses) if known else None,
         "losses": [result["validation_loss"] for result in results],
+        "accuracies": [result["validation_accuracy"] for result in results],
         "seeds": [run.seed for run in runs],
         **found,
         "bytes": results[0]["bytes"],

@@ -8,18 +8,20 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
 
 from optimzoo.memory.workspace import measure
 from optimzoo.training import progress, report
-from optimzoo.training.data import Corpus, build_corpus, words
+from optimzoo.training.data import words
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
-from optimzoo.training.model import build_model, check_room, loss_of
+from optimzoo.training.model import build_model, check_room
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
 from optimzoo.training.schedule import scheduler
 from optimzoo.training.surroundings import autocast, now, surroundings, wandb
+from optimzoo.training.tasks import Data, Task, task_of
 
 
 def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
 def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dict[str, Any]:
     data, spec, steps = recipe.data, recipe.optimizer, recipe.schedule.steps
     code()  # before anybody changes the sources that this process has loaded
-    corpus = build_corpus(recipe)
+    task = task_of(recipe)
+    corpus = task.data(recipe)
     model = build_model(recipe, device)
     check_room(model, data.sequence, corpus.vocab)
     optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
@@ -63,9 +66,9 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             torch.manual_seed(int(words(recipe.seed, step, count=1)[0]))  # for models with dropout
             loss = torch.zeros((), device=device)
             for micro in range(data.accumulate):
-                tokens = corpus.batch(recipe.seed, step, micro, data.batch, data.sequence).to(device)
+                batch = to(device, corpus.batch(recipe.seed, step, micro, data.batch, data.sequence))
                 with autocast(recipe, device):
-                    part = loss_of(model, tokens) / data.accumulate
+                    part = task.loss(model, batch) / data.accumulate
                 part.backward()
                 loss += part.detach()
             norm = clip(model, recipe.clip)
@@ -86,7 +89,7 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
             last = step + 1 == steps or row["loss"] is None
             if last or (step + 1) % recipe.eval.every == 0:
-                row["validation_loss"] = finite(evaluate(recipe, model, corpus, device))
+                row |= evaluate(recipe, task, model, corpus, device)
             log.add(row)
             wandb_log(row)
             show(step + 1, row)
@@ -120,15 +123,22 @@ def clip(model: nn.Module, bound: float) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, model: nn.Module, corpus: Corpus, device: torch.device) -> float:
-    """Mean loss on the fixed validation batches."""
+def evaluate(
+    recipe: Recipe, task: Task, model: nn.Module, corpus: Data, device: torch.device
+) -> dict[str, float | None]:
+    """`validation_loss`, and what else the task tells: means over the fixed validation batches."""
     model.eval()
-    losses = []
-    for tokens in corpus.held_out(recipe.data.batch, recipe.data.sequence, recipe.eval.batches):
+    found: dict[str, list[Tensor]] = {}
+    for batch in corpus.held_out(recipe.data.batch, recipe.data.sequence, recipe.eval.batches):
         with autocast(recipe, device):
-            losses.append(loss_of(model, tokens.to(device)))
+            for name, scores in task.scores(model, to(device, batch)).items():
+                found.setdefault(f"validation_{name}", []).append(scores)
     model.train()
-    return torch.stack(losses).mean().item()
+    return {name: finite(torch.cat(scores).mean().item()) for name, scores in found.items()}
+
+
+def to(device: torch.device, batch: Any) -> Any:
+    return tree_map(lambda tensor: tensor.to(device), batch)
 
 
 def save(

@@ -1,0 +1,117 @@
+"""What `optimzoo bench` does: models from words, measurements at every depth, all as plain data."""
+
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from optimzoo.bench import candidates, report, steps, training
+from optimzoo.training import load, planning
+from optimzoo.training.errors import UserError
+from optimzoo.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The command's options."""
+
+    model: str = "60m"
+    optimizers: Sequence[str] = ()
+    against: Sequence[str] = ()
+    layers: str = "2"
+    embeddings: bool = False
+    training: bool = False
+    rounds: int = 50
+    warmup: int = 3
+    dtype: str = "float32"
+    batch: int = 4
+    sequence: int = 128
+    threads: int | None = None
+    device: str = "auto"
+
+
+def run(wanted: Wanted, quiet: bool) -> dict[str, Any]:
+    """Measure, and say on what machine."""
+    if wanted.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device for torch")
+    device = torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
+    recipe, depths, before = _recipe(wanted), _depths(wanted), torch.get_num_threads()
+    torch.set_num_threads(wanted.threads or before)
+    try:
+        with _bar(wanted.rounds * len(depths), quiet) as tick:
+            found = [_measure(wanted, recipe, layers, device, tick) for layers in depths]
+            surroundings = _surroundings(device)
+    finally:
+        torch.set_num_threads(before)
+    return {"model": wanted.model, "dtype": wanted.dtype, **surroundings, "measured": found}
+
+
+def show(result: dict[str, Any], out: Console) -> None:
+    """Tables, the machine, and whether the figures count."""
+    found = result["measured"]
+    for one in found:
+        out.print(report.table(one) if "weights" in one else report.training_table(one))
+    if len(found) > 1 and "weights" in found[0]:
+        out.print(report.growth(found))
+    machine = ", ".join(f"{key} {value}" for key, value in result.items() if key != "measured")
+    out.print(machine, highlight=False, soft_wrap=True)
+    for reason in dict.fromkeys(one["invalid"] for one in found if one["invalid"]):
+        out.print(f"INVALID: {reason}", style="bold red", highlight=False, soft_wrap=True)
+
+
+def _measure(
+    wanted: Wanted, recipe: Recipe, layers: int | None, device: torch.device, tick: Callable[[], None]
+) -> dict[str, Any]:
+    how: dict[str, Any] = {"rounds": wanted.rounds, "warmup": wanted.warmup, "device": device, "progress": tick}
+    if wanted.training:
+        return training.measure_training(recipe, wanted.optimizers or training.DEFAULTS, layers=layers, **how)
+    names = wanted.optimizers or candidates.DEFAULTS
+    against = wanted.against or candidates.AGAINST
+    return steps.measure_steps(recipe, names, against, layers=layers, embeddings=wanted.embeddings, **how)
+
+
+def _recipe(wanted: Wanted) -> Recipe:
+    shape = {"batch": wanted.batch, "sequence": wanted.sequence}
+    if Path(wanted.model).suffix in (".yaml", ".yml"):
+        return load(wanted.model).replace({f"data.{key}": value for key, value in shape.items()})
+    size = wanted.model.lower().removeprefix("llama-")
+    known = Path(wanted.model).exists()
+    return planning.described(wanted.model if known else size, "adamw", {}, dtype=wanted.dtype, **shape)
+
+
+def _depths(wanted: Wanted) -> list[int | None]:
+    """`8,32,128` as numbers; a configuration file keeps its own depth."""
+    if Path(wanted.model).suffix == ".json":
+        return [None]
+    try:
+        depths = [int(word) for word in wanted.layers.replace(",", " ").split()]
+    except ValueError:
+        depths = []
+    if not depths or min(depths) < 1:
+        raise UserError(f"--layers {wanted.layers}: write numbers above 0, such as 2 or 8,32,128")
+    return [*depths]
+
+
+def _surroundings(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"torch": torch.__version__, "device": torch.cuda.get_device_name(device)}
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def _bar(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
+        task = progress.add_task("rounds", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,57 @@
+"""Times on a machine that is never quite idle: interleaved rounds, low percentiles, and a verdict on the whole."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+UNSTEADY = 1.3  # p50 / p20 above which a run says more about the machine than about the code
+FEWEST = 50  # rounds below which a percentile is an anecdote
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one thing over all rounds."""
+
+    p20: float
+    p50: float
+
+    @property
+    def spread(self) -> float:
+        """p50 / p20: 1 on a machine that does nothing else."""
+        return self.p50 / self.p20
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def summary(seconds: list[float]) -> Timing:
+    """The percentiles that are reported."""
+    p20, p50 = np.percentile(seconds, (20, 50))
+    return Timing(float(p20), float(p50))
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], list[float]]], rounds: int, progress: Callable[[], None] = lambda: None
+) -> dict[str, list[list[float]]]:
+    """Run every action once a round, A B A B; label -> for each of the times that the action returns, its rounds."""
+    found: dict[str, list[list[float]]] = {label: [] for label in actions}
+    for _ in range(rounds):
+        for label, action in actions.items():
+            found[label].append(action())
+        progress()
+    return {label: [list(part) for part in zip(*times, strict=True)] for label, times in found.items()}
+
+
+def verdict(spreads: Mapping[str, float], rounds: int) -> str | None:
+    """Why the figures do not count, None when they do."""
+    loud = [f"{label} ({spread:.2f})" for label, spread in spreads.items() if spread > UNSTEADY]
+    if loud:
+        return f"p50/p20 is above {UNSTEADY} for {', '.join(loud)}: something else was running"
+    return f"{rounds} rounds are fewer than {FEWEST}" if rounds < FEWEST else None

@@ -1,0 +1,109 @@
+"""The bench: what it measures, what it says of a busy machine, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from optimzoo.bench import candidates, steps, timing, training
+from optimzoo.cli import main
+from optimzoo.training.errors import UserError
+from optimzoo.training.planning import described
+from optimzoo.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    small = {"model.size": None, "model.hidden_size": 16, "model.intermediate_size": 24, "model.heads": 2}
+    small["model.vocab"] = 64
+    return described("60m", "adamw", {}, "float32", 2, 8).replace(small)
+
+
+def test_rounds_are_interleaved_and_percentiles_are_low():
+    order: list[str] = []
+    found = timing.interleaved({n: lambda n=n: [float(order.append(n) or len(order))] for n in "ab"}, 3)
+    assert "".join(order) == "ababab"
+    assert found == {"a": [[1.0, 3.0, 5.0]], "b": [[2.0, 4.0, 6.0]]}
+    times = timing.summary([1.0] * 30 + [2.0] * 70)
+    assert (times.p20, times.p50, times.spread) == (1.0, 2.0, 2.0)
+
+
+def test_a_busy_machine_or_few_rounds_make_a_run_invalid():
+    assert timing.verdict({"a": 1.1, "b": 1.29}, 50) is None
+    assert "b (1.31)" in timing.verdict({"a": 1.1, "b": 1.31}, 50)
+    assert "49 rounds" in timing.verdict({"a": 1.0}, 49)
+
+
+def test_every_step_of_every_candidate_is_measured_on_its_own_weights(recipe):
+    names = ["frugal:projection=rows,density=0.5", "adamw"]
+    against = ["torch.adamw", "torch.muon:products=float32"]
+    found = steps.measure_steps(recipe, names, against, layers=1, rounds=2, warmup=1, device=CPU)
+    assert list(found["rows"]) == [*against, *names]
+    for row in found["rows"].values():
+        assert row["first"] > 0
+        assert row["ratios"].keys() == set(against)
+    rows = found["rows"]
+    assert rows["torch.adamw"]["ratios"]["torch.adamw"] == 1
+    assert rows["adamw"]["state"] == rows["torch.adamw"]["state"] > rows["torch.muon:products=float32"]["state"]
+    assert found["weights"] == 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16  # embeddings and head are frozen
+    whole = steps.measure_steps(recipe, ["adamw"], [], layers=1, embeddings=True, rounds=1, device=CPU)
+    assert whole["weights"] == found["weights"] + 2 * 16 * recipe.model.vocab
+
+
+def test_muon_in_float32_steps_as_torch_does(recipe):
+    model = candidates.subject(recipe, 1, False, CPU)
+    plain, exact = (candidates.optimizers_on(model, f"torch.muon{how}") for how in (":lr=1", ":lr=1,products=float32"))
+    for optimizer in (plain[0], exact[0]):
+        optimizer.step()
+    for one, two in zip(*(o.param_groups[0]["params"] for o in (plain[0], exact[0])), strict=True):
+        assert torch.cosine_similarity(one.flatten(), two.flatten(), 0) > 0.99
+        assert not torch.equal(one, two)
+
+
+def test_training_steps_say_where_time_goes(recipe):
+    names = ["torch.adamw", "wta-crs:ratio=0.5", "sst:rank=4", "sft:density=0.1"]
+    found = training.measure_training(recipe, names, layers=1, rounds=2, warmup=1, device=CPU)
+    assert found["rows"]["torch.adamw"]["ratio"] == 1
+    for row in found["rows"].values():
+        assert row["forward"] > 0
+        assert row["backward"] > 0
+        assert row["optimizer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cosmo", "no optimizer is called 'cosmo'; did you mean 'cosmos'"),
+        ("cosmos:rank", "write options as name:key=value"),
+        ("torch.muon:products=int8", "it must be float32"),
+    ],
+)
+def test_refuses_by_name(recipe, text, words):
+    with pytest.raises(UserError, match=words):
+        candidates.optimizers_on(candidates.subject(recipe, 1, False, CPU), text)
+
+
+def test_what_cannot_be_built_is_said_in_its_row(recipe):
+    found = steps.measure_steps(recipe, ["cosmos:rank=0"], ["torch.adamw"], layers=1, rounds=1, device=CPU)
+    assert "rank=0 is out of range" in found["rows"]["cosmos:rank=0"]["error"]
+
+
+def test_command(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(
+        "model: {name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}\n"
+        "data: {name: python-source}\noptimizer: {name: adamw, lr: 1e-2}\nschedule: {steps: 1}\n"
+    )
+    words = ["optimzoo", "bench", "adamw", "--model", str(path), "--against", "torch.adamw", "--layers", "1,2"]
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", [*words, "--rounds", "2", "--threads", "1", *extra])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+    result = json.loads(printed)
+    assert [one["layers"] for one in result["measured"]] == [1, 2]
+    assert "2 rounds" in result["measured"][0]["invalid"] or "p50/p20" in result["measured"][0]["invalid"]
+    assert result["threads"] == 1
