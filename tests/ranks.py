@@ -17,7 +17,8 @@ def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, 
 
     The processes stop at the first failure, as the ranks are out of step then; cases after it are not run.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_sharded"])  # torch is imported once, not by every rank
     meet = folder / f"meet_{world}"
     workers = [context.Process(target=_rank, args=(rank, world, cases, folder, meet)) for rank in range(world)]
     for worker in workers:
@@ -40,7 +41,7 @@ def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Pat
     log = folder / f"{world}_{rank}"
     log.mkdir()
     dist.init_process_group(
-        "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(minutes=10)
     )
     code = 0
     for name, case in cases.items():

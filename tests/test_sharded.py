@@ -19,9 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
 import optimzoo
 from optimzoo.core import shards, storage
+from optimzoo.training.folder import Folder
 from tests.cases import ALL, PLAIN, Tiny, build, give_gradients, short_options, tiny, train
 from tests.ranks import run_together
 from tests.test_memory import reachable
@@ -193,6 +195,51 @@ def same_under_ddp(folder: Path, *, name: str) -> None:
     train(nn.parallel.DistributedDataParallel(together), twin, 0, 8)
     for (key, p), q in zip(alone.named_parameters(), together.parameters(), strict=True):
         assert torch.equal(p, q), key
+
+
+def recipe_runs(folder: Path, *, strategy: str, optimizer: str) -> None:
+    """Losses of one process; stopped and resumed, the run goes on as it would have, to the bit."""
+    from optimzoo.training import trainer
+    from optimzoo.training.recipe import validate
+
+    text = folder / f"corpus-{strategy}-{dist.get_rank()}"
+    text.write_text(Path(__file__).read_text() * 3)
+    values = {
+        "model": {"name": "llama", "hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2},
+        "data": {"name": "text", "path": str(text), "sequence": 16, "batch": 4, "accumulate": 2},
+        "optimizer": {"name": optimizer, "lr": 1e-3},
+        "schedule": {"steps": 6},
+        "eval": {"every": 3, "batches": 2},
+        "checkpoint": {"every": 3},
+        "threads": 1,
+    }
+    together = validate({**values, "distributed": {"strategy": strategy}}, "recipe")
+    result = trainer.train(together, folder / f"run-{strategy}", quiet=True)
+    update, calls = trainer.update, []
+
+    def stops(*how):
+        calls.append(how)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return update(*how)
+
+    trainer.update = stops
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(together, folder / f"stopped-{strategy}", quiet=True)
+    trainer.update = update
+    resumed = trainer.train(together, folder / f"stopped-{strategy}", resume=True, quiet=True)
+    assert resumed["validation_loss"] == result["validation_loss"]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        files = [folder / f"{kind}-{strategy}" / "checkpoint.pt" for kind in ("run", "stopped")]
+        one, other = (tree_leaves(torch.load(file, weights_only=True)) for file in files)
+        assert len(one) == len(other)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+        alone = trainer.train(validate(values, "recipe"), folder / f"alone-{strategy}", quiet=True)
+        rows = [Folder(folder / f"{kind}-{strategy}").rows() for kind in ("run", "alone")]
+        for key in ("loss", "gradient_norm"):
+            assert all(abs(a[key] - b[key]) < 1e-4 for a, b in zip(*rows, strict=True)), key
+        assert abs(result["validation_loss"] - alone["validation_loss"]) < 1e-4
 
 
 MOVING = {
@@ -374,6 +421,8 @@ CASES |= {f"{label}-state": partial(states_in_and_out, label=label) for label in
 CASES |= {f"{name}-losses-ddp": partial(same_losses, name=name, parallel="ddp") for name in ALL}
 CASES |= {f"{name}-losses-fsdp2": partial(same_losses, name=name, parallel="fsdp2") for name in PLAIN}
 CASES |= {"sampled-losses-fsdp2": partial(same_losses, name="adamw", parallel="sampled")}
+CASES |= {"recipe-ddp": partial(recipe_runs, strategy="ddp", optimizer="adamw")}
+CASES |= {"recipe-fsdp2": partial(recipe_runs, strategy="fsdp2", optimizer="frugal")}
 CASES |= {"cosmos-accelerate": partial(accelerated, name="cosmos", before=0)}
 CASES |= {"adamw-accelerate-late": partial(accelerated, name="adamw", before=2)}
 SAVED = {f"{label}-saved": partial(saved, label=label) for label in MOVING}

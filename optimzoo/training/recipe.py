@@ -16,6 +16,7 @@ from optimzoo.training.sections import (
     Checkpoint,
     Claim,
     Conversion,
+    Distributed,
     Entry,
     Evaluation,
     Glue,
@@ -49,6 +50,7 @@ class Recipe(Section):
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed | None = None
     wandb: Wandb = Wandb()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0, le=1024)
