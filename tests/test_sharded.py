@@ -202,8 +202,10 @@ def recipe_runs(folder: Path, *, strategy: str, optimizer: str) -> None:
     from optimzoo.training import trainer
     from optimzoo.training.recipe import validate
 
-    text = folder / f"corpus-{strategy}-{dist.get_rank()}"
-    text.write_text(Path(__file__).read_text() * 3)
+    text = folder / f"corpus-{strategy}"
+    if dist.get_rank() == 0:
+        text.write_text(Path(__file__).read_text() * 3)
+    dist.barrier()
     values = {
         "model": {"name": "llama", "hidden_size": 16, "intermediate_size": 24, "layers": 2, "heads": 2},
         "data": {"name": "text", "path": str(text), "sequence": 16, "batch": 4, "accumulate": 2},
