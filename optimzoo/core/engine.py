@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import shards
-from optimzoo.core.apply import CHUNK, apply_update, pieces
+from optimzoo.core.apply import CHUNK, apply_update
 from optimzoo.core.gradients import admit, admit_together
 from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
 from optimzoo.core.slots import Slot
@@ -31,7 +31,6 @@ from optimzoo.core.storage import (
     State,
     close_slot,
     compute_dtype,
-    has_values,
     is_scale,
     on_host,
     open_slot,
@@ -40,6 +39,7 @@ from optimzoo.core.storage import (
 )
 from optimzoo.functional.quantize import BLOCK, blocks
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values, starts
 
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
@@ -174,7 +174,7 @@ def _step_one(
         apply_update, lr=lr, weight_decay=h.weight_decay, ok=ok, after=rule.decay_after, seed=chance, lost=lost
     )
     if rule.elementwise and _one_line(p, g, state):
-        for start in pieces(p):
+        for start in starts(p, CHUNK):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
             before = _copies(part, ok)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import shards
-from optimzoo.core.storage import compute_dtype, has_values, on_host
+from optimzoo.core.storage import compute_dtype, on_host
+from optimzoo.functional.slices import has_values
 
 if TYPE_CHECKING:
     from optimzoo.core.engine import Member
@@ -49,7 +50,8 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
 def _size(g: Tensor) -> Tensor:
     if on_host(g) and g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
         return torch.dot(g.view(-1), g.view(-1))
-    return torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype))
+    # Squared again: the norm of a single number is no root of anything, and knows nothing of overflow.
+    return torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).square_()
 
 
 def admit_together(members: Iterable["Member"]) -> dict[Tensor, bool | Tensor | None]:

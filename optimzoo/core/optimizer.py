@@ -33,13 +33,13 @@ from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
     fill_slot,
-    has_values,
     is_scale,
     new_slot,
     on_host,
     transfer,
 )
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
 

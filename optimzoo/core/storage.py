@@ -146,8 +146,3 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 _CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there is anything to read."""
-    return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")

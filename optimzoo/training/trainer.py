@@ -1,5 +1,6 @@
 """The training loop, top to bottom. Whoever wants another loop copies this file."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
+from optimzoo.core import release_gradients
 from optimzoo.core.shards import whole
 from optimzoo.memory.workspace import measure
 from optimzoo.training import progress, report
@@ -64,7 +66,10 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
         home.log(first) as log,
         wandb(recipe, home.path if ranks.first else None) as wandb_log,
         progress.bar(home.path.name, steps, quiet or not ranks.first) as show,
+        ExitStack() as released,
     ):
+        for optimizer in optimizers if recipe.release else ():
+            released.enter_context(release_gradients(model, optimizer))  # `backward` does what `update` does below
         for step in range(first, steps):
             if log.diverged:
                 break
@@ -77,11 +82,11 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
                     part = task.loss(module, batch) / data.accumulate
                 part.backward()
                 loss += part.detach()
-            norm, loss = whole(clip(model, recipe.clip)), ranks.mean(loss)
+            norm, loss = None if recipe.release else whole(clip(model, recipe.clip)), ranks.mean(loss)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
 
             # Counting allocations slows a step down: those steps are left out of the times.
-            measured = step < 3 or (step + 1) % recipe.memory.every == 0
+            measured = not recipe.release and (step < 3 or (step + 1) % recipe.memory.every == 0)
             ready = now(device)
             workspace = update(optimizers, device if measured else None)
             ended = now(device)
@@ -89,9 +94,11 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
                 optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next backward
                 schedule.step()
 
-            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr, "gradient_norm": finite(norm.item())}
+            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr}
+            row |= {"gradient_norm": None if norm is None else finite(norm.item())}
             row |= {"memory/state_bytes": state_bytes(optimizers), "memory/workspace_bytes": workspace}
-            row |= {"step_s": None if measured else ended - began, "optimizer_s": None if measured else ended - ready}
+            row |= {"step_s": None if measured else ended - began}
+            row |= {"optimizer_s": None if measured or recipe.release else ended - ready}
             row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
             last = step + 1 == steps or row["loss"] is None
             if last or (step + 1) % recipe.eval.every == 0:
