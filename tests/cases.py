@@ -1,8 +1,10 @@
 """Tiny problems and awkward shapes, shared by the contract over the whole registry."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ PLAIN = {name: cls for name, cls in ALL.items() if not cls.needs_model}
 # Options that make schedules turn within a few steps, where a class has them.
 SHORT = {"update_gap": 3, "resample_every": 3, "warmup": 1, "reselect_every": 3, "accumulate": 1, "total_steps": 200}
 LAYERS = {"rank": 4, "density": 0.3}  # what layers need to be told, where they have such an option
+
+
+def labelled(recipe: Path) -> bool:
+    """Whether a recipe classifies, by the name of its data."""
+    return re.search(r"^data:\s*\{?\s*name: (glue|python-packages)", recipe.read_text(), re.M) is not None
 
 
 def short_options(cls: type[ZooOptimizer]) -> dict:

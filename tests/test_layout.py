@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "memory": {"memory"},
     "core": {"core", "functional", "memory"},
     "optimizers": {"core", "functional"},
-    "modules": {"modules", "functional", "core.layers", "core.hyper"},
+    "modules": {"modules", "functional", "memory", "core.layers", "core.hyper"},
     "training": {"training", "planning", "registry", "core", "modules", "memory"},
     "planning": {"registry", "core", "memory"},
     "registry": {"core", "optimizers"},

@@ -24,9 +24,10 @@ from optimzoo.training.schedule import factor
 from optimzoo.training.sections import Schedule, Sweep
 from optimzoo.training.sweep import beyond, protocol
 from optimzoo.training.trainer import update
+from tests.cases import labelled
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not labelled(path))
 LLAMA = "model={name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}"
 
 

@@ -234,7 +234,13 @@ def _direction(
     if rule.refresh is not None and rule.due(count, h):
         # A decomposition of NaN raises; what it makes of zeros is put back by whoever knows `ok`.
         known = g if ok is None else torch.where(ok, g, 0)
-        rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        try:
+            rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(
+                f"the gradient of {member.name!r} cannot be decomposed: it holds NaN or infinity, which only "
+                "check_finite=True leaves out"
+            ) from error
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):

@@ -81,7 +81,8 @@ def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
     tensor, scale = state[name], state.get(name + SCALE)
     if scale is not None:
         return dequantize(tensor, scale, dtype)
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+    return tensor.to(dtype) if narrow else tensor
 
 
 def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor, first: int = 0) -> None:

@@ -103,7 +103,8 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
     decided = {"loss": task_of(recipe).loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
     decided |= {"release": recipe.release}
-    return {**decided, **how, "device": device}
+    checkpointing = how.get("checkpointing") or recipe.checkpointing
+    return {**decided, **how, "checkpointing": checkpointing, "device": device}
 
 
 def bytes_of(text: str) -> int:

@@ -22,6 +22,7 @@ from optimzoo.training.sections import (
     Evaluation,
     Glue,
     HuggingFace,
+    Labelled,
     Llama,
     Memory,
     OptimizerSpec,
@@ -50,6 +51,8 @@ class Recipe(Section):
     clip: float = Field(default=1.0, ge=0)  # 0: never
     release: bool = False  # step inside backward, and free each gradient at once
     autocast: Literal["bf16", "none"] = "none"
+    checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in backward
+    norms: Literal["none", "position", "sample", "token"] = "none"  # what sampled layers know, as NormCache has it
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -71,6 +74,12 @@ class Recipe(Section):
         return seeds
 
     @model_validator(mode="after")
+    def _examples_have_numbers(self) -> Self:
+        if self.norms in ("sample", "token") and not isinstance(self.data, Labelled):
+            raise ValueError(f"norms={self.norms!r} needs labelled data, whose examples have numbers; use position")
+        return self
+
+    @model_validator(mode="after")
     def _releasable(self) -> Self:
         if not self.release:
             return self
@@ -81,6 +90,8 @@ class Recipe(Section):
             raise ValueError(f"{why} none adds up over data.accumulate={self.data.accumulate} batches; make it 1")
         if self.optimizer.name not in registry.optimizers():
             raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
+        if self.distributed is not None:
+            raise ValueError(f"{why} several processes could not average it; leave distributed out")
         return self
 
     @model_validator(mode="after")
@@ -138,6 +149,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides, whose values are YAML too."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""

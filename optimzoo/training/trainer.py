@@ -1,6 +1,6 @@
 """The training loop, top to bottom. Whoever wants another loop copies this file."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch.utils._pytree import tree_map
 
 from optimzoo.core import release_gradients
 from optimzoo.core.shards import whole
+from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
+from optimzoo.modules import NormCache
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
 from optimzoo.training.distributed import Ranks, together
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
-from optimzoo.training.model import build_model, check_room
+from optimzoo.training.model import build_model, check_room, norm_cache
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
@@ -58,7 +60,8 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
     module = ranks.spread(model)
     optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
-    first = restore(recipe, home, ranks, device, model, optimizers, schedulers)
+    norms = norm_cache(recipe, model, corpus.facts.get("train_examples", 0))
+    first = restore(recipe, home, ranks, device, model, optimizers, schedulers, norms)
     if ranks.first:
         write_json(home.path / "versions.json", versions())
 
@@ -78,9 +81,10 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
             loss = torch.zeros((), device=device)
             for micro in range(data.accumulate):
                 batch = to(device, ranks.rows(corpus.batch(recipe.seed, step, micro, data.batch, data.sequence)))
-                with autocast(recipe, device):
-                    part = task.loss(module, batch) / data.accumulate
-                part.backward()
+                with norms.batch(task.ids(batch)) if norms else nullcontext():
+                    with autocast(recipe, device):
+                        part = task.loss(module, batch) / data.accumulate
+                    part.backward()
                 loss += part.detach()
             norm, loss = None if recipe.release else whole(clip(model, recipe.clip)), ranks.mean(loss)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
@@ -108,9 +112,12 @@ def _run(recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet
             show(step + 1, row)
             if recipe.checkpoint.every and (last or (step + 1) % recipe.checkpoint.every == 0):
                 log.sync()
-                save(recipe, home, ranks, step + 1, model, optimizers, schedulers)
+                save(recipe, home, ranks, step + 1, model, optimizers, schedulers, norms)
 
-        result = summarise(recipe, corpus, model, optimizers, log.rows)
+        batch = to(device, ranks.rows(corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence)))
+        with autocast(recipe, device):
+            activations = saved(model, batch, task.loss).total
+        result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
     if ranks.first:
         write_json(home.result, result)
     return result
@@ -163,10 +170,12 @@ def save(
     model: nn.Module,
     optimizers: list[Optimizer],
     schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> None:
     """Write everything that the next update depends on."""
     parts = {"optimizers": [o.state_dict() for o in optimizers], "schedulers": [s.state_dict() for s in schedulers]}
-    home.save(recipe, step, ranks.whole({"model": model.state_dict(), **parts}))
+    known = {"norms": norms.state_dict()} if norms else {}
+    home.save(recipe, step, ranks.whole({"model": model.state_dict(), **parts, **known}))
 
 
 def restore(
@@ -177,6 +186,7 @@ def restore(
     model: nn.Module,
     optimizers: list[Optimizer],
     schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> int:
     """Load the checkpoint, if there is one, and return how many updates it has seen."""
     state = home.load(recipe, device)
@@ -185,12 +195,18 @@ def restore(
     try:
         ranks.load_model(model, state["model"])
         for schedule, part in zip(schedulers, state["schedulers"], strict=True):
+            own = {key: type(value) for key, value in schedule.state_dict().items()}
+            if own != {key: type(value) for key, value in part.items()}:
+                raise ValueError("the state of a schedule is no such thing")
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             ranks.load_optimizer(optimizer, part)
+        if norms:
+            norms.load_state_dict(state["norms"])
         return int(state["step"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]  # torch lists every key in a line of its own
+        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {words}") from error
 
 
 def draw(home: Folder, result: dict[str, Any]) -> None:
