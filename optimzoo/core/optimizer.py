@@ -5,12 +5,13 @@ where needed, `refresh` with `due`, or `update`. What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
 2. `direction` and `refresh` change their slots in place and never rebind them.
-3. `g` and `w` are read-only (`g` may be `p.grad` itself); what `direction` returns is a tensor of its own.
+3. `g` and `w` are read-only (`g` may be `p.grad` itself), and `w` is not read at all without `reads_weight`; what
+   `direction` returns is a tensor of its own.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. The direction comes before the learning rate and without weight decay; the engine applies both.
 
-In return it sees plain tensors of at least float32, matrices as (out, in), and never a missing, sparse or non-finite
-gradient.
+In return it sees plain tensors of at least float32, matrices as (out, in), whole ones unless it is element-wise, and never a
+missing, sparse or non-finite gradient.
 """
 
 import collections
