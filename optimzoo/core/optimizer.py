@@ -10,8 +10,8 @@ where needed, `refresh` with `due`, or `update`. What a rule promises:
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. The direction comes before the learning rate and without weight decay; the engine applies both.
 
-In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and never
-a missing, sparse or non-finite gradient.
+In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
+never a missing, sparse or non-finite gradient.
 """
 
 import collections
