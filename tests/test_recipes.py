@@ -75,6 +75,10 @@ def test_the_saved_recipe_is_the_recipe(text: Path, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", quiet=True)
     assert load(tmp_path / "run" / "recipe.yaml") == recipe
     assert load(tmp_path / "run" / "recipe.yaml").key == recipe.key
+    said = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "device: auto" in said  # defaults are written out, and what a recipe says is what it leaves to them
+    other = load(tmp_path / "run" / "recipe.yaml", ["clip=0.25"])
+    assert other.key != recipe.key == load(tmp_path / "run" / "recipe.yaml", ["wandb.mode=offline"]).key
 
 
 # Parsing.

@@ -79,8 +79,12 @@ class Recipe(Section):
 
     @property
     def key(self) -> str:
-        """A hash of everything that the weights depend on."""
-        decides = {name: part for name, part in self.run().items() if name not in ("wandb", "checkpoint", "memory")}
+        """A hash of everything that the weights depend on; what has its default counts as not said.
+
+        So a key that recipes learn later leaves the results of older ones where they are.
+        """
+        beside = {"wandb", "checkpoint", "memory", "compare", "sweep", "seeds", "claims"}
+        decides = self.model_dump(mode="json", exclude=beside, exclude_defaults=True)
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     def replace(self, changes: Mapping[str, Any]) -> "Recipe":
