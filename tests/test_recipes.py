@@ -483,6 +483,14 @@ def test_lora_trains_adapters_and_what_is_in_no_layer(text: Path, tmp_path: Path
             build_model(toy(text, f"modules=[{{kind: lora, {change}}}]"), torch.device("cpu"))
 
 
+def test_frozen_factors_are_weights_too(text: Path, tmp_path: Path) -> None:
+    """Of a spectral layer k (m + n) + k elements are counted, trained or not, and what says which vectors are where."""
+    result = train(toy(text, "modules=[{kind: spectral, rank: 2}]"), tmp_path / "run", quiet=True)
+    square, long, other = 2 * 16 * 16 + 16, 16 * (16 + 24) + 16, 2 * 256 * 16 + 3 * 16
+    assert 0 <= result["bytes"]["weights"] - 4 * (4 * square + 3 * long + other) < 1000
+    assert result["parameters"] < 4 * square + 3 * long + other  # those that learn
+
+
 def test_wandb_offline_never_asks(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     train(toy(text, "wandb={mode: offline}"), tmp_path / "run", quiet=True)

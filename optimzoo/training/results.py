@@ -38,7 +38,8 @@ def summarise(
     recipe: Recipe, corpus: Data, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
-    weights = list(model.parameters())
+    # What a checkpoint of the model holds: frozen factors are buffers, and as much a part of the weights.
+    weights = list({id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     by_kind: dict[str, int] = {}
     for optimizer in optimizers:
         for kind, nbytes in held(optimizer).by("kind").items():
@@ -54,7 +55,7 @@ def summarise(
         "seed": recipe.seed,
         "steps": len(rows),
         "tokens": len(rows) * tokens,
-        "parameters": sum(p.numel() for p in weights),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "diverged": rows[-1]["validation_loss"] is None,
         "validation_loss": rows[-1]["validation_loss"],
         "best_validation_loss": min(held_out, default=None),
