@@ -54,6 +54,8 @@ def names_of(groups: list[dict[str, Any]], index: int) -> list[str]:
 
 def refuse(p: Tensor, name: str, owner: str) -> None:
     """A parameter that no rule can take is refused at construction."""
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{owner}: parameter {name!r} is no tensor but {type(p).__name__}")
     if p.is_complex():
         raise TypeError(f"{owner}: parameter {name!r} is complex; optimize torch.view_as_real of it instead")
     if not p.is_floating_point():
@@ -61,6 +63,8 @@ def refuse(p: Tensor, name: str, owner: str) -> None:
     if type(p).__name__ == "DTensor" or p.layout is not torch.strided:
         kind = type(p).__name__ if p.layout is torch.strided else str(p.layout)
         raise TypeError(f"{owner}: parameter {name!r} is {kind}, which is not supported; use plain dense parameters")
+    if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+        raise TypeError(f"{owner}: elements of parameter {name!r} share memory (expand); give it memory with .clone()")
 
 
 class Routes(list):

@@ -31,13 +31,13 @@ from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
     fill_slot,
-    has_values,
     is_scale,
     new_slot,
     on_host,
     transfer,
 )
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
 
@@ -213,8 +213,14 @@ class ZooOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; the dictionary given is left as it was."""
         group = named_options(type(self), named(param_group))
+        taken = {p for other in self.param_groups for p in other["params"]}
         for p, name in zip(group["params"], names_of([*self.param_groups, group], len(self.param_groups)), strict=True):
             refuse(p, name, type(self).__name__)
+            if p in taken:
+                raise ValueError(
+                    f"{type(self).__name__}: parameter {name!r} is given twice; one step would move it twice"
+                )
+            taken.add(p)
         super().add_param_group(group)
         if self._plans:
             self._remember()

@@ -74,8 +74,16 @@ def convert(
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(f"{name!r} has hooks that convert would drop: remove them first, and add them again after")
     prepared = kind.prepare(layers, **options)
+    trained = {p: p.requires_grad for layer in layers.values() for p in layer.parameters()}
     for name, layer in layers.items():
-        _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+        try:
+            _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+        except (TypeError, ValueError, RuntimeError) as error:  # all or nothing
+            for earlier, original in layers.items():
+                _put(model, earlier, original)
+            for p, requires_grad in trained.items():
+                p.requires_grad_(requires_grad)
+            raise type(error)(f"{name!r} cannot become {kind.__name__}: {error}") from error
     return list(layers)
 
 

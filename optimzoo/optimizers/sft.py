@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper, param_groups
 from optimzoo.core.collecting import fold, follow
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.layers import COUNTER, LayerOptimizer
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.cover import sm3_sparse_update
@@ -34,7 +35,7 @@ class Entries(ZooOptimizer):
     """Adam for single entries, each with its own age: 10 bytes an entry."""
 
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="decay of the two averages")
-    eps: float = hyper(1e-6, ge=0, doc="added to the root of the second average before its bias is corrected")
+    eps: float = hyper(1e-6, ge=SMALLEST, doc="added to the root of the second average before its bias is corrected")
 
     decay_after = True
 

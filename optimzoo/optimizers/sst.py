@@ -12,6 +12,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from optimzoo.core import AdamW, Route, Slot, hyper, param_groups
@@ -156,7 +157,10 @@ class SST(AdamW, LayerOptimizer):
     def _draw(self, name: str, draw: int) -> None:
         """Let one layer choose its vectors; state that is about other vectors now starts afresh, the rest follows."""
         layer, schedule = self.layers[name], self.param_groups[0]
-        moved = layer.reselect(draw, seed=fold(schedule["seed"], name, draw), sampling=schedule["sampling"])
+        try:
+            moved = layer.reselect(draw, seed=fold(schedule["seed"], name, draw), sampling=schedule["sampling"])
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(f"SST: {name!r} cannot be decomposed, it holds NaN or infinity") from error
         if moved[layer.s] is None and count_of(layer):  # signs of vectors may differ from device to device
             for tensor in layer.state_dict().values():
                 from_first_rank(tensor)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from optimzoo import registry
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
 from optimzoo.training.parsing import parse, put
@@ -33,6 +34,7 @@ from optimzoo.training.sections import (
     Wandb,
 )
 
+_UNSEEN = ("wandb", "checkpoint", "memory", "release")  # the weights are the same to the bit whatever these say
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 
 
@@ -45,6 +47,7 @@ class Recipe(Section):
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
     clip: float = Field(default=1.0, ge=0)  # 0: never
+    release: bool = False  # step inside backward, and free each gradient at once
     autocast: Literal["bf16", "none"] = "none"
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
@@ -66,6 +69,19 @@ class Recipe(Section):
         return seeds
 
     @model_validator(mode="after")
+    def _releasable(self) -> Self:
+        if not self.release:
+            return self
+        why = "release: true uses each gradient before the next one exists, so"
+        if self.clip > 0:
+            raise ValueError(f"{why} nothing can be clipped to a total norm (clip={self.clip:g}); add clip: 0")
+        if self.data.accumulate > 1:
+            raise ValueError(f"{why} none adds up over data.accumulate={self.data.accumulate} batches; make it 1")
+        if self.optimizer.name not in registry.optimizers():
+            raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
+        return self
+
+    @model_validator(mode="after")
     def _claims_are_about_entries(self) -> Self:
         labels = [entry.label for entry in self.compare]
         for name in (name for claim in self.claims for _, names in claim.rules() for name in names):
@@ -83,7 +99,7 @@ class Recipe(Section):
 
         So a key that recipes learn later leaves the results of older ones where they are.
         """
-        beside = {"wandb", "checkpoint", "memory", "compare", "sweep", "seeds", "claims"}
+        beside = {*_UNSEEN, "compare", "sweep", "seeds", "claims"}
         decides = self.model_dump(mode="json", exclude=beside, exclude_defaults=True)
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -124,6 +140,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides, whose values are YAML too."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""

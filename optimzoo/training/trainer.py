@@ -1,5 +1,6 @@
 """The training loop, top to bottom. Whoever wants another loop copies this file."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
+from optimzoo.core import release_gradients
 from optimzoo.memory.workspace import measure
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
@@ -58,7 +60,10 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
         home.log(first) as log,
         wandb(recipe, home.path) as wandb_log,
         progress.bar(home.path.name, steps, quiet) as show,
+        ExitStack() as released,
     ):
+        for optimizer in optimizers if recipe.release else ():
+            released.enter_context(release_gradients(model, optimizer))  # `backward` does what `update` does below
         for step in range(first, steps):
             if log.diverged:
                 break
@@ -71,11 +76,11 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
                     part = task.loss(model, batch) / data.accumulate
                 part.backward()
                 loss += part.detach()
-            norm = clip(model, recipe.clip)
+            norm = None if recipe.release else clip(model, recipe.clip)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
 
             # Counting allocations slows a step down: those steps are left out of the times.
-            measured = step < 3 or (step + 1) % recipe.memory.every == 0
+            measured = not recipe.release and (step < 3 or (step + 1) % recipe.memory.every == 0)
             ready = now(device)
             workspace = update(optimizers, device if measured else None)
             ended = now(device)
@@ -83,9 +88,11 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
                 optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next backward
                 schedule.step()
 
-            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr, "gradient_norm": finite(norm.item())}
+            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr}
+            row |= {"gradient_norm": None if norm is None else finite(norm.item())}
             row |= {"memory/state_bytes": state_bytes(optimizers), "memory/workspace_bytes": workspace}
-            row |= {"step_s": None if measured else ended - began, "optimizer_s": None if measured else ended - ready}
+            row |= {"step_s": None if measured else ended - began}
+            row |= {"optimizer_s": None if measured or recipe.release else ended - ready}
             row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
             last = step + 1 == steps or row["loss"] is None
             if last or (step + 1) % recipe.eval.every == 0:
@@ -164,12 +171,16 @@ def restore(
     try:
         model.load_state_dict(state["model"])
         for schedule, part in zip(schedulers, state["schedulers"], strict=True):
+            own = {key: type(value) for key, value in schedule.state_dict().items()}
+            if own != {key: type(value) for key, value in part.items()}:
+                raise ValueError("the state of a schedule is no such thing")
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
         return int(state["step"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]  # torch lists every key in a line of its own
+        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {words}") from error
 
 
 def draw(home: Folder, result: dict[str, Any]) -> None:
