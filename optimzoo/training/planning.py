@@ -92,7 +92,7 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
 
 def _optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
     spec = recipe.optimizer
-    return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+    return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, recipe.schedule.steps)
 
 
 def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
     decided = {"loss": task_of(recipe).loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
     decided |= {"release": recipe.release}
-    return {**decided, **how, "device": device}
+    checkpointing = how.get("checkpointing") or recipe.checkpointing
+    return {**decided, **how, "checkpointing": checkpointing, "device": device}
 
 
 def bytes_of(text: str) -> int:

@@ -21,9 +21,13 @@ from optimzoo.training.sections import (
     Evaluation,
     Glue,
     HuggingFace,
+    Labelled,
     Llama,
     Memory,
     OptimizerSpec,
+    Patterns,
+    Preparation,
+    Pretrained,
     PythonPackages,
     PythonSource,
     Schedule,
@@ -41,14 +45,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
-    model: Annotated[Llama | Transformers, Field(discriminator="name")]
+    model: Annotated[Llama | Transformers | Pretrained, Field(discriminator="name")]
     data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
+    pretrain: Preparation | None = None
     optimizer: OptimizerSpec
+    freeze: Patterns = ()  # names of parameters; what `modules` then puts in is trained
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
     clip: float = Field(default=1.0, ge=0)  # 0: never
     release: bool = False  # step inside backward, and free each gradient at once
     autocast: Literal["bf16", "none"] = "none"
+    checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in backward
+    norms: Literal["none", "position", "sample", "token"] = "none"  # what sampled layers know, as NormCache has it
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -67,6 +75,12 @@ class Recipe(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{list(seeds)} names a seed twice; name each once")
         return seeds
+
+    @model_validator(mode="after")
+    def _examples_have_numbers(self) -> Self:
+        if self.norms in ("sample", "token") and not isinstance(self.data, Labelled):
+            raise ValueError(f"norms={self.norms!r} needs labelled data, whose examples have numbers; use position")
+        return self
 
     @model_validator(mode="after")
     def _releasable(self) -> Self:
@@ -103,6 +117,17 @@ class Recipe(Section):
         decides = self.model_dump(mode="json", exclude=beside, exclude_defaults=True)
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
+    def preparation(self) -> "Recipe | None":
+        """The run whose weights this one starts from."""
+        if self.pretrain is None:
+            return None
+        values = (
+            self.run() | self.pretrain.model_dump(mode="json") | {"pretrain": None, "release": False, "norms": "none"}
+        )
+        values["data"] = merged(self.run()["data"], self.pretrain.data)
+        values["checkpoint"]["every"] = self.checkpoint.every or self.pretrain.schedule.steps  # the last one is needed
+        return validate(values, "pretrain")
+
     def replace(self, changes: Mapping[str, Any]) -> "Recipe":
         """The single run that differs in the given dotted keys."""
         values = self.run()
@@ -118,12 +143,17 @@ class Recipe(Section):
         for entry in self.compare:
             values = self.run()
             for section, part in (entry.model_extra or {}).items():
-                merge = isinstance(part, Mapping) and "name" not in part and isinstance(values.get(section), Mapping)
-                values[section] = {**values[section], **part} if merge else part
+                values[section] = merged(values.get(section), part)
             runs[entry.label] = validate(values, f"compare entry {entry.label!r}")
         if len(runs) != len(self.compare):
             raise UserError("compare: two entries have the same label; give each its own")
         return runs
+
+
+def merged(section: Any, part: Any) -> Any:
+    """A section with a part of another one; a `name` in the part means that it stands for itself."""
+    merge = isinstance(part, Mapping) and "name" not in part and isinstance(section, Mapping)
+    return {**section, **part} if merge else part
 
 
 def validate(values: Any, source: str) -> Recipe:
@@ -153,5 +183,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"--set {override}: write it as key.sub=value, such as optimizer.lr=1e-3")
         put(values, key.strip(), parse(value, f"--set {override}"))
     recipe = validate(values, path.name)
-    recipe.entries()
+    for entry in recipe.entries().values():
+        entry.preparation()
     return recipe

@@ -1,6 +1,6 @@
 """The training loop, top to bottom. Whoever wants another loop copies this file."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
 from optimzoo.core import release_gradients
+from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
+from optimzoo.modules import NormCache
+from optimzoo.modules.delta_file import save_delta
+from optimzoo.modules.sparse_delta import SparseDeltaLinear
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
-from optimzoo.training.model import build_model, check_room
+from optimzoo.training.model import build_model, check_room, norm_cache
 from optimzoo.training.optimizers import build_optimizers
+from optimzoo.training.places import place
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
 from optimzoo.training.schedule import scheduler
@@ -30,7 +35,8 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
     """Run a recipe into `folder` and return its result; with `resume`, go on where the last checkpoint was written.
 
     Every update depends on (seed, step) and on what the checkpoint holds, so that a run which was killed at any moment
-    and resumed ends with the weights, bit for bit, of one that was not.
+    and resumed ends with the weights, bit for bit, of one that was not. What a recipe's `pretrain` asks for runs first,
+    in a folder of its own beside this one, unless it is there.
     """
     home = Folder(Path(folder))
     if resume and (result := home.finished(recipe)):
@@ -38,22 +44,41 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
             draw(home, result)
         return result
     home.open(recipe, resume)
+    start = None if home.checkpoint.exists() else prepare(recipe, home.path.parent, quiet)
     with surroundings(recipe) as device:
-        result = _run(recipe, home, device, quiet)
+        result = _run(recipe, home, device, quiet, start)
     draw(home, result)
     return result
 
 
-def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dict[str, Any]:
+def prepare(recipe: Recipe, out: Path, quiet: bool = False) -> dict[str, Tensor] | None:
+    """The weights with which a run below `out` starts, None for the model's own: see `pretrain` in a recipe."""
+    before = recipe.preparation()
+    if before is None:
+        return None
+    home = Folder(place(out, "pretrain", before))
+    if train(before, home.path, resume=True, quiet=quiet)["diverged"]:
+        raise UserError(f"pretrain: the run in {home.path} diverged; lower pretrain.optimizer.lr")
+    state = home.load(before, torch.device("cpu"))
+    if state is None:
+        raise UserError(f"pretrain: {home.checkpoint} is gone; delete that folder to run it again")
+    weights: dict[str, Tensor] = state["model"]
+    return weights
+
+
+def _run(
+    recipe: Recipe, home: Folder, device: torch.device, quiet: bool, start: dict[str, Tensor] | None
+) -> dict[str, Any]:
     data, spec, steps = recipe.data, recipe.optimizer, recipe.schedule.steps
     code()  # before anybody changes the sources that this process has loaded
     task = task_of(recipe)
     corpus = task.data(recipe)
-    model = build_model(recipe, device)
+    model = build_model(recipe, device, start)
     check_room(model, data.sequence, corpus.vocab)
-    optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+    optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, steps)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
-    first = restore(recipe, home, device, model, optimizers, schedulers)
+    norms = norm_cache(recipe, model, corpus.facts.get("train_examples", 0))
+    first = restore(recipe, home, device, model, optimizers, schedulers, norms)
     write_json(home.path / "versions.json", versions())
 
     with (
@@ -72,9 +97,10 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             loss = torch.zeros((), device=device)
             for micro in range(data.accumulate):
                 batch = to(device, corpus.batch(recipe.seed, step, micro, data.batch, data.sequence))
-                with autocast(recipe, device):
-                    part = task.loss(model, batch) / data.accumulate
-                part.backward()
+                with norms.batch(task.ids(batch)) if norms else nullcontext():
+                    with autocast(recipe, device):
+                        part = task.loss(model, batch) / data.accumulate
+                    part.backward()
                 loss += part.detach()
             norm = None if recipe.release else clip(model, recipe.clip)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
@@ -102,9 +128,14 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             show(step + 1, row)
             if recipe.checkpoint.every and (last or (step + 1) % recipe.checkpoint.every == 0):
                 log.sync()
-                save(recipe, home, step + 1, model, optimizers, schedulers)
+                save(recipe, home, step + 1, model, optimizers, schedulers, norms)
 
-        result = summarise(recipe, corpus, model, optimizers, log.rows)
+        batch = to(device, corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence))
+        with autocast(recipe, device):
+            activations = saved(model, batch, task.loss).total
+        result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
+    if any(isinstance(module, SparseDeltaLinear) for module in model.modules()):
+        save_delta(model, home.delta)
     write_json(home.result, result)
     return result
 
@@ -149,11 +180,18 @@ def to(device: torch.device, batch: Any) -> Any:
 
 
 def save(
-    recipe: Recipe, home: Folder, step: int, model: nn.Module, optimizers: list[Optimizer], schedulers: list[LambdaLR]
+    recipe: Recipe,
+    home: Folder,
+    step: int,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> None:
     """Write everything that the next update depends on."""
     parts = {"optimizers": [o.state_dict() for o in optimizers], "schedulers": [s.state_dict() for s in schedulers]}
-    home.save(recipe, step, {"model": model.state_dict(), **parts})
+    known = {"norms": norms.state_dict()} if norms else {}
+    home.save(recipe, step, {"model": model.state_dict(), **parts, **known})
 
 
 def restore(
@@ -163,6 +201,7 @@ def restore(
     model: nn.Module,
     optimizers: list[Optimizer],
     schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> int:
     """Load the checkpoint, if there is one, and return how many updates it has seen."""
     state = home.load(recipe, device)
@@ -177,6 +216,8 @@ def restore(
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
+        if norms:
+            norms.load_state_dict(state["norms"])
         return int(state["step"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         words = " ".join(str(error).split())[:300]  # torch lists every key in a line of its own
