@@ -29,13 +29,18 @@ def short_options(cls: type[ZooOptimizer]) -> dict:
     return {name: value for name, value in SHORT.items() if name in cls.options}
 
 
-def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:
-    """The optimizer on the model, whose layers are converted first where the class drives layers of its own."""
+def converted(cls: type[ZooOptimizer], model: nn.Module) -> nn.Module:
+    """The same model, its layers converted where the class drives layers of its own."""
     if cls.needs_model:
         kind = next(kind for kind in kinds().values() if getattr(kind, "driver", None) == cls.__name__)
         told = {name: value for name, value in LAYERS.items() if name in kind.options}
         convert(model, kind, exclude="head", **told)
-    return cls(model, **short_options(cls) | options)
+    return model
+
+
+def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:
+    """The optimizer on the model, converted where it has to be."""
+    return cls(converted(cls, model), **short_options(cls) | options)
 
 
 class Tiny(nn.Module):

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optimzoo.core.routing import clean_name, param_groups
+from optimzoo.core.routing import clean_name
 
 # What a group may hold beside options: torch's and schedulers' bookkeeping, and the routing flags.
 GROUP_KEYS = frozenset(
@@ -16,12 +16,7 @@ GROUP_KEYS = frozenset(
 
 
 def as_groups(params: Any, owner: str) -> list[dict[str, Any]]:
-    """A module, tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
-    if isinstance(params, nn.Module):
-        groups = param_groups(params)
-        if not groups:
-            raise ValueError(f"{owner} got a module without trainable parameters; check requires_grad")
-        return [named(group) for group in groups]
+    """Tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"{owner} takes a module, an iterable of parameters or groups, not {type(params).__name__}")
     items = list(params)

@@ -125,6 +125,11 @@ def dtype_name(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
+def hashable(value: Any) -> Any:
+    """A list as a tuple: groups are the user's to edit, and a file has lists where options are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def options_of(cls: type) -> dict[str, Hyper]:
     """All options of a class, its bases' first; takes the declarations off the class.
 

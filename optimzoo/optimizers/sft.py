@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper, param_groups
+from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper
 from optimzoo.core.collecting import fold, follow
 from optimzoo.core.hyper import SMALLEST
-from optimzoo.core.layers import COUNTER, LayerOptimizer
+from optimzoo.core.layers import COUNTER, LayerOptimizer, scheduled_layers
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.cover import sm3_sparse_update
 from optimzoo.functional.entries import Exchanges, adam_entries, grown_by_cover, grown_by_sums
@@ -95,7 +95,9 @@ class SFT(Entries, LayerOptimizer):
     regrow: str = hyper("gradient", one_of=("gradient", "sm3"), doc="what tells where new entries grow")
     reselect_every: int = hyper(20, ge=1, doc="updates from one exchange of entries to the next")
     accumulate: int = hyper(5, ge=1, doc="updates at the start of each such period that are summed; fewer than it has")
-    rate: float = hyper(0.2, ge=0, le=1, doc="share of the entries exchanged, falling to 0; the first time it is 1")
+    rate: float = hyper(
+        0.2, ge=0, le=1, doc="share of the entries exchanged, falling to 0; the first time it is 1; 0 for never"
+    )
     policy: str = hyper("linear", one_of=("linear", "cosine"), doc="how the share falls")
     total_steps: int = hyper(0, ge=1, doc="updates of the whole run; must be given")
 
@@ -112,15 +114,14 @@ class SFT(Entries, LayerOptimizer):
             raise ValueError("SFT got no values of a SparseDeltaLinear to train; check requires_grad and the groups")
         self._watch()
 
-    def default_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    @classmethod
+    def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
         """The deltas, then what `param_groups` says of the rest, undecayed."""
-        values = {layer.values for layer in self.layers.values()}
-        deltas, rest = [], []
-        for group in param_groups(model):
-            deltas += [(name, p) for name, p in group["params"] if p in values]
-            others = [(name, p) for name, p in group["params"] if p not in values]
-            rest += [{**group, "params": others, "weight_decay": 0.0}] if others else []
-        return [{"params": deltas, "name": "deltas"}, *rest]
+        values = {layer.values for layer in scheduled_layers(model, cls.__name__).values()}
+        groups = super().default_groups(model)
+        deltas = [pair for group in groups for pair in group["params"] if pair[1] in values]
+        rest = [{**g, "params": [x for x in g["params"] if x[1] not in values], "weight_decay": 0.0} for g in groups]
+        return [{"params": deltas, "name": "deltas"}, *(group for group in rest if group["params"])]
 
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Bare matrices are nothing to warn of: AdamW takes them all."""
@@ -192,7 +193,7 @@ class SFT(Entries, LayerOptimizer):
             grow = grown_by_sums(state["candidates"], state["grad_sum"], state["grad_micro"], layer.indices, drop)
         drop, grow = from_first_rank(drop), from_first_rank(grow)  # ties may fall differently on other devices
         source = layer.reselect(group["step"], drop=drop, grow=grow)[p]
-        state["reselections"].copy_(layer.reselections)
+        self.note_count(layer)
         if not covered:
             follow(state, layer.indices, source, group["betas"])
 

@@ -66,6 +66,7 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.recipe = path / "recipe.yaml"
+        self.delta = path / "delta.safetensors"
         self.pictures = (path / "loss.png", path / "memory.png")
 
     def open(self, recipe: Recipe, resume: bool) -> None:
