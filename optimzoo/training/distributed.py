@@ -49,6 +49,7 @@ def together(recipe: Recipe) -> Iterator["Ranks"]:
                 f"{ranks.world}; make it a multiple"
             )
         yield ranks
+        dist.barrier()  # what the first has written is there for all
     finally:
         if not connected:
             dist.destroy_process_group()
