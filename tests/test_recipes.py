@@ -82,6 +82,10 @@ def test_the_saved_recipe_is_the_recipe(text: Path, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", quiet=True)
     assert load(tmp_path / "run" / "recipe.yaml") == recipe
     assert load(tmp_path / "run" / "recipe.yaml").key == recipe.key
+    said = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "device: auto" in said  # defaults are written out, and what a recipe says is what it leaves to them
+    other = load(tmp_path / "run" / "recipe.yaml", ["clip=0.25"])
+    assert other.key != recipe.key == load(tmp_path / "run" / "recipe.yaml", ["wandb.mode=offline"]).key
 
 
 # Parsing.
@@ -512,6 +516,14 @@ def test_lora_trains_adapters_and_what_is_in_no_layer(text: Path, tmp_path: Path
     for change, said in {"rnk: 2": "did you mean 'rank'", "match: 'no.*'": "finds no layer for LoRA"}.items():
         with pytest.raises(UserError, match=f"modules: .*{said}"):
             build_model(toy(text, f"modules=[{{kind: lora, {change}}}]"), torch.device("cpu"))
+
+
+def test_frozen_factors_are_weights_too(text: Path, tmp_path: Path) -> None:
+    """Of a spectral layer k (m + n) + k elements are counted, trained or not, and what says which vectors are where."""
+    result = train(toy(text, "modules=[{kind: spectral, rank: 2}]"), tmp_path / "run", quiet=True)
+    square, long, other = 2 * 16 * 16 + 16, 16 * (16 + 24) + 16, 2 * 256 * 16 + 3 * 16
+    assert 0 <= result["bytes"]["weights"] - 4 * (4 * square + 3 * long + other) < 1000
+    assert result["parameters"] < 4 * square + 3 * long + other  # those that learn
 
 
 def test_wandb_offline_never_asks(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

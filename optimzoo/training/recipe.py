@@ -17,6 +17,7 @@ from optimzoo.training.sections import (
     Checkpoint,
     Claim,
     Conversion,
+    Distributed,
     Entry,
     Evaluation,
     Glue,
@@ -60,6 +61,7 @@ class Recipe(Section):
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed | None = None
     wandb: Wandb = Wandb()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0, le=1024)
@@ -93,6 +95,8 @@ class Recipe(Section):
             raise ValueError(f"{why} none adds up over data.accumulate={self.data.accumulate} batches; make it 1")
         if self.optimizer.name not in registry.optimizers():
             raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
+        if self.distributed is not None:
+            raise ValueError(f"{why} several processes could not average it; leave distributed out")
         return self
 
     @model_validator(mode="after")
@@ -109,9 +113,13 @@ class Recipe(Section):
 
     @property
     def key(self) -> str:
-        """A hash of everything that the weights depend on."""
-        decides = {name: part for name, part in self.run().items() if name not in _UNSEEN}
-        return hashlib.sha256(json.dumps(_said(decides), sort_keys=True).encode()).hexdigest()[:12]
+        """A hash of everything that the weights depend on; what has its default counts as not said.
+
+        So a key that recipes learn later leaves the results of older ones where they are.
+        """
+        beside = {*_UNSEEN, "compare", "sweep", "seeds", "claims"}
+        decides = self.model_dump(mode="json", exclude=beside, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     def preparation(self) -> "Recipe | None":
         """The run whose weights this one starts from."""
@@ -150,13 +158,6 @@ def merged(section: Any, part: Any) -> Any:
     """A section with a part of another one; a `name` in the part means that it stands for itself."""
     merge = isinstance(part, Mapping) and "name" not in part and isinstance(section, Mapping)
     return {**section, **part} if merge else part
-
-
-def _said(value: Any) -> Any:
-    """Plain data without what is empty, so that a key which a later version adds does not change a recipe's hash."""
-    if isinstance(value, dict):
-        return {name: _said(part) for name, part in value.items() if part not in (None, [], {}, "")}
-    return [_said(part) for part in value] if isinstance(value, list) else value
 
 
 def validate(values: Any, source: str) -> Recipe:

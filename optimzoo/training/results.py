@@ -44,7 +44,9 @@ def summarise(
     activations: int,
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
-    weights, numbers = list(model.parameters()), trainable_numbers(model)
+    # What a checkpoint of the model holds: frozen factors are buffers, and as much a part of the weights.
+    weights = list({id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    numbers = trainable_numbers(model)
     by_kind: dict[str, int] = {}
     for optimizer in optimizers:
         for kind, nbytes in held(optimizer).by("kind").items():
