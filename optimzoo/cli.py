@@ -178,8 +178,15 @@ Words = Annotated[
 ModelName = Annotated[
     str | None, typer.Option("--model", help="A transformers config.json, or a Llama: 60m 130m 350m 1b 3b 7b 65b.")
 ]
+Dtype = Annotated[str, typer.Option(help="With --model: bfloat16 or float32, bf16 or fp32.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")]
+Tokens = Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Keep the inputs of blocks only.")]
-Release = Annotated[bool, typer.Option("--release", help="Use every gradient as soon as it is there, and free it.")]
+Release = Annotated[
+    bool,
+    typer.Option("--release", help="Step inside backward, one gradient at a time; a recipe says it as release: true."),
+]
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks of FSDP, by arithmetic.")]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None, typer.Option(help="What is planned for; a recipe says it itself.")
@@ -192,10 +199,10 @@ def plan(
     words: Words = None,
     model: ModelName = None,
     optimizer: Annotated[str, typer.Option(help="With --model: its name.")] = "adamw",
-    dtype: Annotated[str, typer.Option(help="With --model: bfloat16 or float32.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")] = 1,
-    sequence: Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")] = 2048,
-    accumulate: Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")] = 1,
+    dtype: Dtype = "bfloat16",
+    batch: BatchSize = 1,
+    sequence: Tokens = 2048,
+    accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     release: Release = False,
     ranks: Ranks = 1,
@@ -205,10 +212,10 @@ def plan(
 ) -> None:
     """Say what a training step will need, by part and at its peak, with nothing allocated."""
     training = _training()
-    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
-    how = {"checkpointing": checkpointing, "release": release, "world_size": ranks, "device": device}
+    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate, "release": release}
     with _one_sentence(training.UserError):
-        found = training.planning.plans(_planned(training, words, model, optimizer, shape, changes), **how)
+        recipe = _planned(training, words, model, optimizer, shape, changes)
+        found = training.planning.plans(recipe, checkpointing=checkpointing, world_size=ranks, device=device)
         failed = [result for result in found.values() if isinstance(result, Exception)]
         if len(failed) == len(found):
             raise failed[0]
@@ -224,10 +231,10 @@ def fit(
     gpu: Annotated[str, typer.Option(help="The memory there is, such as 24GiB.")],
     words: Words = None,
     model: ModelName = None,
-    dtype: Annotated[str, typer.Option(help="With --model: bfloat16 or float32.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")] = 1,
-    sequence: Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")] = 2048,
-    accumulate: Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")] = 1,
+    dtype: Dtype = "bfloat16",
+    batch: BatchSize = 1,
+    sequence: Tokens = 2048,
+    accumulate: Accumulate = 1,
     checkpointing: Checkpointing = False,
     release: Release = False,
     ranks: Ranks = 1,
@@ -237,11 +244,11 @@ def fit(
 ) -> None:
     """Say which optimizers train a model in the given memory, with what to spare, and the largest batch of each."""
     training = _training()
-    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
-    how = {"checkpointing": checkpointing, "release": release, "world_size": ranks, "device": device}
+    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate, "release": release}
     with _one_sentence(training.UserError):
         recipe = _planned(training, words, model, None, shape, changes)
-        result = training.planning.fits(recipe, training.planning.bytes_of(gpu), **how)
+        memory, how = training.planning.bytes_of(gpu), {"checkpointing": checkpointing, "world_size": ranks}
+        result = training.planning.fits(recipe, memory, device=device, **how)
     print(json.dumps(result.as_dict()) if as_json else result)
 
 
@@ -329,7 +336,7 @@ def _planned(
         name = next(iter(options)).replace("_", "-")
         raise training.UserError(f"there is no option --{name} here; keys of a recipe are changed with --set")
     if rest:
-        return training.load(rest[0], changes or ())
+        return training.load(rest[0], [*(changes or ()), *(["release=true"] if shape["release"] else [])])
     if changes:
         raise training.UserError("--set changes keys of a recipe; with --model give the options themselves")
     return training.planning.described(model, optimizer or "adamw", options, device="cuda", **shape)

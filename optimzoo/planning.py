@@ -1,17 +1,18 @@
 """Plans by name, for the classes of the registry and for other people's optimizers, and the table of what fits."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 
 from optimzoo import registry
-from optimzoo.core import ZooOptimizer, param_groups
+from optimzoo.core import ZooOptimizer, param_groups, release_gradients
 from optimzoo.memory.ledger import human
 from optimzoo.memory.plan import Plan
 from optimzoo.memory.plan import plan as plan_made
@@ -21,18 +22,30 @@ LARGEST_BATCH = 1 << 16
 Model = nn.Module | Callable[[], nn.Module]
 
 
-def plan(model: Model, make: Make | type[Optimizer] | str | None, batch: Any = None, **how: Any) -> Plan:
+def plan(
+    model: Model, make: Make | type[Optimizer] | str | None, batch: Any = None, *, release: bool = False, **how: Any
+) -> Plan:
     """`memory.plan.plan`, where `make` may also be an optimizer class or a registered name.
 
-    A schedule whose periods differ (FRUGAL's blocks) is planned at the largest period of its first cycle.
+    `release`: with `release_gradients`, and what that refuses is refused. A schedule whose periods differ (FRUGAL's
+    blocks) is planned at the largest period of its first cycle.
     """
+    if release and how.get("world_size", 1) > 1:
+        raise ValueError("plan: release_gradients works in one process; leave world_size or release out")
     if isinstance(make, str):
         make = registry.optimizer(make)
     if isinstance(make, type):
         kind: Any = make
         zoo = issubclass(kind, ZooOptimizer)
         make = kind if zoo else (lambda model: kind(model.parameters()))
+    if release:
+        how["release"] = partial(_release, how.get("accumulate", 1))
     return plan_made(model, make and _heaviest(make), batch, **how)
+
+
+def _release(accumulate: int, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        release_gradients(model, optimizer, accumulate=accumulate)
 
 
 def _heaviest(make: Make) -> Make:
@@ -65,15 +78,30 @@ def methods() -> dict[str, Make]:
     found["torch.adamw (foreach)"] = _plain(torch.optim.AdamW, foreach=True)
     found["torch.muon"] = _muon
     found["torch.adafactor"] = _plain(torch.optim.Adafactor)
-    for name, module, kind in (
-        ("torchao.adamw8bit", "torchao.optim", "AdamW8bit"),
-        ("bitsandbytes.adamw8bit", "bitsandbytes.optim", "AdamW8bit"),
-    ):
+    for package in ("torchao", "bitsandbytes"):
         try:
-            found[name] = _plain(getattr(importlib.import_module(module), kind))
+            kind = importlib.import_module(f"{package}.optim").AdamW8bit
         except (ImportError, AttributeError):
             continue  # a baseline appears where it is installed
+        found[f"{package}.adamw8bit"] = _tabled(kind)
     return found
+
+
+def _tabled(kind: Any) -> Make:
+    """An 8-bit optimizer: the table of its codes is computed from values, at construction or in the first step."""
+
+    def make(model: nn.Module) -> Optimizer:
+        with unset_fake_temporarily(), torch.compiler.set_stance("force_eager"):
+            toy = nn.Parameter(torch.ones(64, 64))
+            toy.grad = torch.ones_like(toy)
+            try:
+                kind([toy]).step()
+            except Exception as error:  # whatever an installation lacks
+                name = kind.__module__.split(".")[0]
+                raise Unplannable(f"{name}'s {kind.__name__} does not run on this machine: {error}") from error
+            return kind([p for p in model.parameters() if p.requires_grad])
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,7 @@ class Fit:
     memory: int
     batch: int
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     def table(self) -> str:
         """The methods, what they need, and what is to spare, as aligned text."""
@@ -109,7 +138,8 @@ class Fit:
             "  ".join((line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))))
             for line in cells
         ]
-        return "\n".join([*lines, *(f"{row.name}: {row.refused}" for row in self.rows if row.refused)])
+        refused = [f"{row.name}: {row.refused}" for row in self.rows if row.refused]
+        return "\n".join([*lines, *refused, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -148,6 +178,7 @@ def fit(
     if not how.get("release"):
         forward[batch] = plan(model, None, batch_of(batch), **how).peak  # a model without a plan is told here
     rows: list[Row] = []
+    notes: tuple[str, ...] = ()
     for name, make in makes.items():
         if getattr(make, "needs_model", False) and "convert" not in how:
             continue
@@ -157,12 +188,13 @@ def fit(
             peak = cache(partial(peak_of, make, known))
             most = largest(peak, memory, rows[-1].batch if rows else batch)  # methods differ little in it
             rows.append(Row(name, peak(batch), alone.state, alone.workspace, most))
-        except (Unplannable, ValueError) as error:
+            notes = alone.notes
+        except (Unplannable, ValueError, TypeError) as error:
             if getattr(make, "needs_model", False):
                 continue  # the conversion made no layers for it
             rows.append(Row(name, refused=str(error)))
     rows.sort(key=lambda row: (row.peak is None, row.peak or 0, row.name))
-    return Fit(memory, batch, tuple(rows))
+    return Fit(memory, batch, tuple(rows), notes)
 
 
 def largest(peak: Callable[[int], int], memory: int, guess: int = 2) -> int:

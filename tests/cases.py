@@ -1,8 +1,10 @@
 """Tiny problems and awkward shapes, shared by the contract over the whole registry."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,27 @@ SHORT = {"update_gap": 3, "resample_every": 3, "warmup": 1, "reselect_every": 3,
 LAYERS = {"rank": 4, "density": 0.3}  # what layers need to be told, where they have such an option
 
 
+def labelled(recipe: Path) -> bool:
+    """Whether a recipe classifies, by the name of its data."""
+    return re.search(r"^data:\s*\{?\s*name: (glue|python-packages)", recipe.read_text(), re.M) is not None
+
+
 def short_options(cls: type[ZooOptimizer]) -> dict:
     return {name: value for name, value in SHORT.items() if name in cls.options}
 
 
-def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:
-    """The optimizer on the model, whose layers are converted first where the class drives layers of its own."""
+def converted(cls: type[ZooOptimizer], model: nn.Module) -> nn.Module:
+    """The same model, its layers converted where the class drives layers of its own."""
     if cls.needs_model:
         kind = next(kind for kind in kinds().values() if getattr(kind, "driver", None) == cls.__name__)
         told = {name: value for name, value in LAYERS.items() if name in kind.options}
         convert(model, kind, exclude="head", **told)
-    return cls(model, **short_options(cls) | options)
+    return model
+
+
+def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:
+    """The optimizer on the model, converted where it has to be."""
+    return cls(converted(cls, model), **short_options(cls) | options)
 
 
 class Tiny(nn.Module):

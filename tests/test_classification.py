@@ -1,13 +1,14 @@
 """Recipes that classify: data by epochs, accuracy beside the loss, any architecture of transformers."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from optimzoo.training import UserError, compare, load, train
+from optimzoo.training import UserError, compare, load, train, trainer
 from optimzoo.training.folder import Folder
 from optimzoo.training.model import build_model
 from optimzoo.training.planning import plans
@@ -15,6 +16,8 @@ from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.report import table
 from optimzoo.training.sections import PACKAGES
 from optimzoo.training.tasks import task_of
+from optimzoo.training.trainer import update
+from tests.cases import labelled
 
 BERT = {
     **{"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
@@ -164,3 +167,66 @@ def test_what_cannot_be_classified_is_refused_by_name(wrong: str, glue: Path, tm
 def test_a_task_without_classes_is_unknown(glue: Path) -> None:
     with pytest.raises(UserError, match=r"data\.task='stsb' must be 'cola'"):
         toy(glue, data={"task": "stsb"})
+
+
+# Sampled layers, and what a step keeps for backward.
+
+SAMPLED = [{"kind": "sampled", "match": "bert.encoder.*", "exclude": "*.attention.output.dense"}]
+RECIPES = [path for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if labelled(path)]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.stem)
+def test_recipe_runs_three_steps(path: Path, glue: Path, tmp_path: Path) -> None:
+    """Every entry of every recipe that classifies, on a tiny model with the recipe's own names of layers."""
+    whole, tiny = load(path), toy(glue, T5 if "t5" in path.stem else BERT).run()
+    for label, entry in whole.entries().items():
+        changes = {name: tiny[name] for name in ("model", "data", "schedule", "eval")}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is deprecated and will be removed:FutureWarning")
+            result = train(validate(entry.run() | changes, label), tmp_path / label, quiet=True)
+        assert result["steps"] == 3
+        assert result["validation_accuracy"] is not None
+
+
+@pytest.mark.parametrize("what", ["exact", "sampled", "checkpointing"])
+def test_what_a_step_keeps_is_what_was_planned(what: str, glue: Path, tmp_path: Path) -> None:
+    changes = {"exact": {}, "sampled": {"modules": SAMPLED}, "checkpointing": {"checkpointing": True}}[what]
+    recipe = toy(glue, BERT | {"num_hidden_layers": 2}, {"batch": 8}, **changes)
+    measured = train(recipe, tmp_path / "run", quiet=True)["bytes"]["activations"]
+    inputs, loss = 8 * (8 * 12 + 8), 4  # tokens and labels count as inputs in a plan, the loss as kept
+    assert measured - inputs + loss == plans(recipe)["adamw"].activations
+    if what != "exact":
+        exact = toy(glue, BERT | {"num_hidden_layers": 2}, {"batch": 8})
+        assert measured < train(exact, tmp_path / "exact", quiet=True)["bytes"]["activations"]
+
+
+@pytest.mark.parametrize("norms", ["token", "position"])
+def test_a_resumed_run_remembers_its_norms(
+    norms: str, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy(glue, modules=SAMPLED, norms=norms, schedule={"steps": 7}, checkpoint={"every": 2})
+    train(recipe, tmp_path / "whole", quiet=True)
+    steps = []
+
+    def stop(*arguments: object) -> None:
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "part", quiet=True)
+    train(recipe, tmp_path / "part", resume=True, quiet=True)
+    whole, part = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "part"))
+    assert whole["norms"]["typical"].max() > 0
+    assert all(torch.equal(whole["norms"][name], part["norms"][name]) for name in ("norms", "typical"))
+    assert all(torch.equal(p, part["model"][name]) for name, p in whole["model"].items())
+
+
+def test_norms_without_use_are_refused(glue: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"norms: NormCache finds no SampledLinear"):
+        train(toy(glue, norms="token"), tmp_path / "run", quiet=True)
+    with pytest.raises(UserError, match=r"norms='token' needs labelled data, .*; use position"):
+        validate(toy(glue).run() | {"norms": "token", "data": {"name": "python-source"}}, "toy")

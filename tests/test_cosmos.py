@@ -69,7 +69,7 @@ def test_the_rms_of_a_step_is_lr_times_lr_ratio_whatever_the_gradient():
     for scale in (1e-12, 1.0, 1e12):
         p = matrix(48, 40)
         before = p.detach().clone()
-        opt = optimizer(p, lr=1e-2, weight_decay=0.0, eps=0.0, rank=8)
+        opt = optimizer(p, lr=1e-2, weight_decay=0.0, eps=1e-37, rank=8)
         p.grad = scale * torch.randn_like(p)
         opt.step()
         rms = (p - before).square().mean().sqrt().item()

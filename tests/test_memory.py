@@ -39,9 +39,10 @@ def referents(x: object) -> list[object]:
     return gc.get_referents(x)
 
 
-def reachable(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+def reachable(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> dict[int, int]:
     """Storage -> bytes of all tensors that the collector's own graph reaches from the optimizer, weights left out."""
     weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    weights |= set() if model is None else set(map(id, model.parameters()))  # frozen ones, too
     found: dict[int, int] = {}
     seen: set[int] = set()
     todo: list[object] = [vars(optimizer)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from optimzoo.memory import ledger
 from optimzoo.training import UserError, compare, load, results, train
@@ -23,9 +24,10 @@ from optimzoo.training.schedule import factor
 from optimzoo.training.sections import Schedule, Sweep
 from optimzoo.training.sweep import beyond, protocol
 from optimzoo.training.trainer import update
+from tests.cases import labelled
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not labelled(path))
 LLAMA = "model={name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}"
 
 
@@ -327,6 +329,34 @@ def test_the_trainer_is_the_plain_loop(text: Path, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(saved[name], p) for name, p in model.state_dict().items())
+
+
+def test_a_released_run_is_the_run(text: Path, tmp_path: Path) -> None:
+    """Same weights and state to the bit, with one gradient at a time; what needs all of them is refused at load."""
+    cosmos, found = "{name: cosmos, lr: 1e-2, rank: 4}", []
+    for release in ("false", "true"):
+        recipe = toy(text, "clip=0", f"release={release}", "schedule.warmup=2", optimizer=cosmos, steps=4)
+        result = train(recipe, tmp_path / release, quiet=True)
+        state = torch.load(tmp_path / release / "checkpoint.pt", weights_only=True)
+        tensors = [t for t in tree_leaves((state["model"], state["optimizers"])) if isinstance(t, torch.Tensor)]
+        found.append((result["validation_loss"], result["key"], recipe.key, tensors))
+    assert found[0][:3] == found[1][:3]
+    assert len(found[0][3]) > 12
+    assert all(torch.equal(a, b) for a, b in zip(found[0][3], found[1][3], strict=True))
+    row = Folder(tmp_path / "true").rows()[-1]
+    assert (row["gradient_norm"], row["memory/workspace_bytes"], row["optimizer_s"]) == (None, None, None)
+    assert row["step_s"] > 0
+
+    for changes, words in (
+        ((), r"nothing can be clipped to a total norm \(clip=1\); add clip: 0"),
+        (("clip=0", "data.accumulate=2"), "none adds up over data.accumulate=2 batches"),
+        (
+            ("clip=0", "optimizer={name: torch.adamw, lr: 1}"),
+            "needs an optimizer of optimzoo, and optimizer.name='torch",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"toy: release: true uses each gradient.*{words}"):
+            toy(text, "release=true", *changes)
 
 
 def test_the_metrics_say_what_was_promised(text: Path, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 import json
 import multiprocessing
 import os
+import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,11 @@ RECIPE = f"""
 model: {{name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}}
 data: {{name: text, path: PATH, sequence: 16, batch: 2, accumulate: 2}}
 optimizer: OPTIMIZER
+modules: MODULES
 schedule: {{name: cosine, warmup: 5, steps: {STEPS}}}
 memory: {{every: 7}}
 eval: {{every: 4, batches: 2}}
-checkpoint: {{every: 3}}
+checkpoint: {{every: EVERY}}
 threads: 1
 """
 OPTIMIZERS = (
@@ -37,6 +42,23 @@ OPTIMIZERS = (
     "{name: torch.muon, lr: 1e-2, fallback_lr: 3e-3}",
     "{name: adamw, lr: 1e-2}",
 )
+# Every class of the zoo with its schedules turning, and the layers that a recipe gives it.
+KILLED = {
+    "adamw": (OPTIMIZERS[2], "[]"),
+    "cosmos": (OPTIMIZERS[0], "[]"),
+    "frugal": ("{name: frugal, lr: 1e-2, update_gap: 4}", "[]"),
+    "frugal block": ("{name: frugal, lr: 1e-2, update_gap: 4, projection: block, state_dtype: int8}", "[]"),
+    "swan": ("{name: swan, lr: 1e-2}", "[]"),
+    "sm3": ("{name: sm3, lr: 1e-1, momentum: 0.9}", "[]"),
+    "sst": ("{name: sst, lr: 1e-2, resample_every: 4, warmup: 2}", "[{kind: spectral, rank: 4}]"),
+    "sft": (
+        f"{{name: sft, lr: 1e-2, reselect_every: 5, accumulate: 2, total_steps: {STEPS}}}",
+        "[{kind: sparse_delta, density: 0.1}]",
+    ),
+    "adamw, sampled": (OPTIMIZERS[2], "[{kind: sampled, ratio: 0.5}]"),
+    "torch.muon": (OPTIMIZERS[1], "[]"),
+}
+KILLS = 200
 
 
 def run(recipe: Path, folder: Path, sync_s: float, limit: int | None) -> None:
@@ -77,10 +99,14 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
         child.join()
 
 
-def written(tmp_path: Path, optimizer: str) -> Path:
+def written(tmp_path: Path, optimizer: str, modules: str = "[]", every: int = 3) -> Path:
     (tmp_path / "corpus.txt").write_text((ROOT / "setup.cfg").read_text() * 10)
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("PATH", str(tmp_path / "corpus.txt")).replace("OPTIMIZER", optimizer))
+    parts = {"PATH": str(tmp_path / "corpus.txt"), "OPTIMIZER": optimizer, "MODULES": modules, "EVERY": str(every)}
+    text = RECIPE
+    for word, part in parts.items():
+        text = text.replace(word, part)
+    path.write_text(text)
     return path
 
 
@@ -143,6 +169,59 @@ def test_killed_and_resumed_is_uninterrupted(optimizer: str, tmp_path: Path, sta
     assert last.exitcode == 0
     assert_same_run(folder, whole)
     assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KILLED)
+def test_two_hundred_kills(
+    name: str, tmp_path: Path, start: Callable[..., BaseProcess], capsys: pytest.CaptureFixture
+) -> None:
+    """SIGKILL at moments that chance spreads over the whole run, its checkpoints and pictures, five to a run.
+
+    All of them: pytest -m long tests/test_resume.py
+    """
+    recipe, whole, count = written(tmp_path, *KILLED[name], every=2), tmp_path / "whole", KILLS // len(KILLED)
+    began = time.monotonic()
+    child = start(recipe, whole)
+    child.join()
+    lasts, chance, found = time.monotonic() - began, random.Random(name), Counter[str]()
+    while found.total() < count:
+        folder = tmp_path / str(found.total())
+        moments = sorted(chance.random() for _ in range(5))
+        for since, until in pairwise((0.0, *moments)):
+            child = start(recipe, folder)
+            child.join(lasts * (until - since))
+            child.kill()
+            child.join()
+            refused_nothing(folder)
+            if child.exitcode == 0:
+                break
+            found[moment(folder)] += 1
+        last = start(recipe, folder)
+        last.join()
+        refused_nothing(folder)
+        assert last.exitcode == 0
+        assert_same_run(folder, whole)
+        assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
+        shutil.rmtree(folder)
+    with capsys.disabled():
+        print(f"\n{name}: {found.total()} kills in {time.monotonic() - began:.0f} s: {dict(sorted(found.items()))}")
+
+
+def refused_nothing(folder: Path) -> None:
+    refused = folder / "refused"
+    assert not refused.exists(), refused.read_text()
+
+
+def moment(folder: Path) -> str:
+    """What a run was at when it was killed."""
+    if partial := list(folder.glob("*.partial")):
+        return f"writing {partial[0].name.removesuffix('.partial')}"
+    if not (folder / "metrics.jsonl").exists():
+        return "before the first update"
+    if (folder / "result.json").exists():
+        return "drawing"
+    return "training" if len(Folder(folder).rows()) < STEPS else "after the last update"
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, start: Callable[..., BaseProcess]) -> None:

@@ -18,6 +18,7 @@ from optimzoo.modules import convert
 from optimzoo.modules.norm_cache import NormCache
 from optimzoo.modules.sampled import SampledLinear, sample_size
 from optimzoo.modules.sampled_matmul import SampledMatmul
+from optimzoo.modules.spectral import SpectralLinear
 
 N, DIM_IN, DIM_OUT, DRAWS = 400, 64, 48, 4000
 K = int(0.3 * N)
@@ -306,11 +307,38 @@ def test_an_aliased_input_is_named_and_warned_about():
     mlp(x).sum().backward()  # told once: a second warning would be an error here
 
 
+def test_convert_tells_from_a_batch_where_nothing_can_be_saved():
+    mlp = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Dropout(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 8))
+    x, state = torch.randn(500, 32), torch.get_rng_state()
+    with pytest.raises(TypeError, match=r"SpectralLinear has nothing to find out from a batch"):
+        convert(mlp, SpectralLinear, batch=x)
+    assert type(mlp[0]) is nn.Linear
+    convert(copy.deepcopy(mlp), SampledLinear, batch=x)  # the dropout's output is kept by nobody else
+    mlp[2] = nn.Identity()
+    with pytest.warns(UserWarning, match=r"saves no memory .*: 1 x '3', kept by 1 \(Tanh\)$"):
+        assert convert(mlp, SampledLinear, batch=x) == ["0", "3", "5"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(mlp[0].draws) == 0
+
+
+def test_convert_tells_it_of_a_transformer_block_by_block():
+    model, ids = llama(num_hidden_layers=2)
+    line = r": 2 x 'layers\.\*\.self_attn\.o_proj', kept by layers\.\*\.self_attn \(ScaledDotProduct\w+\)$"
+    with pytest.warns(UserWarning, match=line):
+        convert(model, SampledLinear, match=[*INPUTS, "*.o_proj"], batch={"input_ids": ids})
+    model, _ = llama()
+    convert(model, SampledLinear, match=INPUTS, batch=ids)
+    model, _ = llama()
+    with pytest.warns(
+        UserWarning, match=r"1 x 'layers\.\*\.mlp\.up_proj', kept by layers\.\*\.mlp\.gate_proj \(\w+\)$"
+    ):
+        convert(model, SampledLinear, match="*.up_proj", batch=ids)
+
+
 def llama(**options: object) -> tuple[nn.Module, Tensor]:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4, **options
-    )
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**size | {"num_hidden_layers": 1} | options)
     return transformers.LlamaModel(config), torch.randint(0, 64, (4, 40))
 
 
@@ -521,6 +549,43 @@ def test_the_cache_holds_the_sizes_of_the_last_visit_and_lowers_the_noise(mode, 
     assert cache.norms[0, [0, 2, 5]].eq(-1).all()
     assert noise(visit) < 0.7 * before
     assert model[0].site.norms is None
+
+
+@pytest.mark.parametrize("mode", ["token", "position"])
+def test_one_token_with_all_the_gradient_is_kept_once_its_place_is_known(mode):
+    """A classifier reads one token of a text; of its row, draws by |x| alone keep no more than of others."""
+    model, cache, x, dy = cached(mode, length=32, dtype=torch.float32)
+    dy[:, 1:] *= 1e-3
+    exact = dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+    def errors(ids: range) -> float:
+        model.zero_grad()
+        with cache.batch(ids):
+            model(x).backward(dy)
+        return float((model[0].weight.grad - exact).norm() / exact.norm())
+
+    assert errors(range(5)) > 0.2
+    assert max(errors(range(5, 10)) for _ in range(5)) < 0.02, "samples never seen are like those that were"
+    sizes = dy.norm(dim=-1).float().mean(0)
+    torch.testing.assert_close(cache.typical[0, :30], sizes)
+    assert cache.typical[0, 30:].eq(-1).all()
+    if mode == "position":
+        assert cache.norms.numel() == 0
+
+
+def test_what_the_cache_expects_of_samples():
+    model, cache, x, dy = cached("token", length=30, dtype=torch.float32)
+    dy[:, 20:] = 0  # padding
+    with cache.batch([0, 1, 2, 3, 4]):
+        assert model[0].site.norms.eq(1).all(), "nothing is known"
+        model(x).backward(dy)
+    sizes = dy.norm(dim=-1).float()
+    with cache.batch([3, 9]):
+        torch.testing.assert_close(model[0].site.norms, torch.stack([sizes[3], sizes.mean(0)]))
+        assert model[0].site.norms[1, 20:].eq(0).all()
+    cache.typical[0, 25:] = -1
+    with cache.batch([9]):
+        torch.testing.assert_close(model[0].site.norms[0, 25:], cache.typical[0, :25].mean().expand(5))
 
 
 def test_a_stale_cache_leaves_the_mean_alone():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.hyper import hyper
+from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.slots import Slot
 from optimzoo.functional.moments import adam_direction
@@ -27,7 +27,7 @@ class AdamW(ZooOptimizer):
     lr: float = hyper(1e-3, ge=0, doc="step size")
     weight_decay: float = hyper(1e-2, ge=0, doc="decoupled decay, multiplied by lr")
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="decay of the two averages")
-    eps: float = hyper(1e-8, ge=0, doc="added to the root of the second average")
+    eps: float = hyper(1e-8, ge=SMALLEST, doc="added to the root of the second average")
 
     paper = "Loshchilov and Hutter 2019, arXiv:1711.05101"
     elementwise = True

@@ -5,13 +5,12 @@ does not notice 1e-3. Chance (each element goes up or down so that the mean is r
 rounded off keep such steps.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from optimzoo.core.storage import compute_dtype, has_values
+from optimzoo.core.storage import compute_dtype
 from optimzoo.functional.rounding import stochastic_round_
+from optimzoo.functional.slices import starts
 
 CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB of float32
 
@@ -19,15 +18,6 @@ CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB
 def flat(tensor: Tensor) -> Tensor | None:
     """The tensor's elements as one line of memory, in memory order, or None when they are not contiguous."""
     return tensor.view(-1) if tensor.is_contiguous() else None
-
-
-def pieces(tensor: Tensor) -> Iterable[int]:
-    """Where the tensor's pieces of `CHUNK` elements begin.
-
-    Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
-    """
-    starts = range(0, tensor.numel(), CHUNK)
-    return starts if has_values(tensor) else starts[:2]
 
 
 def apply_update(
@@ -60,7 +50,7 @@ def apply_update(
         _step_narrow(w, u, lr, keep, after, ok, error, seed, lost)
         return
     rest = None if error is None else error.view(-1)
-    for start in pieces(line):
+    for start in starts(line, CHUNK):
         part = slice(start, start + CHUNK)
         piece = None if rest is None else rest[part]
         chance = None if seed is None else seed + start

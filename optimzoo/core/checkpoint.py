@@ -13,7 +13,8 @@ from torch import Tensor
 
 from optimzoo.core.engine import Member, specs
 from optimzoo.core.groups import GROUP_KEYS
-from optimzoo.core.routing import clean_name
+from optimzoo.core.hyper import shown
+from optimzoo.core.routing import LAYOUTS, clean_name
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.core.storage import ERROR, SCALE, is_scale, transfer
 from optimzoo.functional.quantize import blocks
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Decided by the running optimizer, not by the file.
 _LIVE_KEYS = frozenset({"params", "param_names", "state_dtype", "rounding"})
+_KINDS: dict[str, Any] = {"step": int, "name": (str, int), "layout": str, "fallback": bool, "by_type": bool}
 
 
 def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
@@ -31,7 +33,7 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("this is no optimizer state: a dictionary with 'state' and 'param_groups' was expected")
     saved, groups = state_dict["state"], state_dict["param_groups"]
-    if not isinstance(saved, dict) or not all(isinstance(g, dict) and "params" in g for g in groups):
+    if not _sound(saved, groups):
         raise ValueError("this optimizer state is damaged: 'state' or 'param_groups' is not what torch writes")
     ids = _saved_ids(optimizer, groups)
     before = [dict(group) for group in optimizer.param_groups]
@@ -63,6 +65,30 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
             live[ERROR].zero_()
 
 
+def _sound(saved: Any, groups: Any) -> bool:
+    """Whether the outlines are those that torch writes: numbers of parameters, names, tensors or numbers by name."""
+    if not isinstance(saved, dict) or not isinstance(groups, list | tuple):
+        return False
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list | tuple):
+            return False
+        names = group.get("param_names", [""] * len(group["params"]))
+        if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
+            return False
+        if not all(isinstance(i, int | str) for i in group["params"]) or not all(isinstance(n, str) for n in names):
+            return False
+    return all(
+        isinstance(slots, dict) and all(isinstance(key, str) and _plain(value) for key, value in slots.items())
+        for slots in saved.values()
+    )
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout is torch.strided and not value.is_complex()
+    return isinstance(value, int | float) and abs(value) < 2**63
+
+
 def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[dict]) -> dict[str, Any]:
     """What of a loaded group counts: known options, checked, and bookkeeping. torch's own flags are left out."""
     options = {k: v for k, v in loaded.items() if k in optimizer.options and k not in _LIVE_KEYS}
@@ -70,9 +96,15 @@ def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[di
     options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
     kept = {k: v for k, v in loaded.items() if k in GROUP_KEYS and k not in _LIVE_KEYS}
     # torch counts per parameter; the largest of these counters is the group's.
-    kept.setdefault("step", max((int(state["step"]) for state in states if "step" in state), default=0))
-    if not isinstance(kept["step"], int):
-        raise ValueError(f"this optimizer state is damaged: a group's step is {kept['step']!r}, not a number of steps")
+    counters = [torch.as_tensor(state["step"]) for state in states if "step" in state]
+    if any(t.numel() != 1 or not torch.isfinite(t).all() for t in counters):
+        raise ValueError("this optimizer state is damaged: 'step' of a parameter is no number of steps")
+    kept.setdefault("step", max(map(int, counters), default=0))
+    for key, value in kept.items():
+        if not isinstance(value, _KINDS.get(key, (int, float, Tensor))) or (key == "layout" and value not in LAYOUTS):
+            raise ValueError(f"this optimizer state is damaged: {key!r} of a group is {shown(value)}")
+    if not 0 <= kept["step"] < 2**63:
+        raise ValueError(f"this optimizer state is damaged: a group's step is {shown(kept['step'])}")
     return optimizer.checked(options) | kept
 
 
@@ -119,6 +151,9 @@ def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -
                 f"{key!r} of {member.name!r} is {tuple(value.shape)} in the checkpoint and {shapes[key]} here: "
                 "the model or an option differs"
             )
+        whole = key in every and not every[key].dtype.is_floating_point and every[key].kind not in COARSE_KINDS
+        if whole and value.is_floating_point():
+            raise ValueError(f"{key!r} of {member.name!r} is {value.dtype} in the checkpoint, and whole numbers here")
         if value.dtype in (torch.int8, torch.uint8) and every[key].kind in COARSE_KINDS and key + SCALE not in saved:
             raise ValueError(f"the checkpoint has codes for {key!r} of {member.name!r} without {key + SCALE!r}")
     return values

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.apply import CHUNK, apply_update, pieces
+from optimzoo.core.apply import CHUNK, apply_update
 from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import (
@@ -26,7 +26,6 @@ from optimzoo.core.storage import (
     State,
     close_slot,
     compute_dtype,
-    has_values,
     is_scale,
     on_host,
     open_slot,
@@ -35,6 +34,7 @@ from optimzoo.core.storage import (
 )
 from optimzoo.functional.quantize import BLOCK, blocks
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values, starts
 
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
@@ -92,7 +92,9 @@ def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
     if host and g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
         size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
     else:
-        size = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
+        # Squared again: the norm of a single number is no root of anything, and knows nothing of overflow.
+        norm = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
+        size = None if norm is None else norm.square_()
     if size is None or (host and not has_values(g)):
         return True
     if host:
@@ -185,7 +187,7 @@ def _step_one(
     seed = fold(getattr(h, "seed", 0), member.name, count)
     chance = fold(seed, "weight") if h.rounding == "stochastic" else None
     if rule.elementwise and _one_line(p, g, state):
-        for start in pieces(p):
+        for start in starts(p, CHUNK):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
             before = _copies(part, ok)
@@ -226,7 +228,13 @@ def _direction(
     if rule.refresh is not None and rule.due(count, h):
         # A decomposition of NaN raises; what it makes of zeros is put back by whoever knows `ok`.
         known = g if ok is None else torch.where(ok, g, 0)
-        rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        try:
+            rule.refresh(known, w, h, **{name: given[name] for name in keywords(rule.refresh) if name in given})
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(
+                f"the gradient of {member.name!r} cannot be decomposed: it holds NaN or infinity, which only "
+                "check_finite=True leaves out"
+            ) from error
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optimzoo.core.routing import clean_name, param_groups
+from optimzoo.core.routing import clean_name
 
 # What a group may hold beside options: torch's and schedulers' bookkeeping, and the routing flags.
 GROUP_KEYS = frozenset(
@@ -16,12 +16,7 @@ GROUP_KEYS = frozenset(
 
 
 def as_groups(params: Any, owner: str) -> list[dict[str, Any]]:
-    """A module, tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
-    if isinstance(params, nn.Module):
-        groups = param_groups(params)
-        if not groups:
-            raise ValueError(f"{owner} got a module without trainable parameters; check requires_grad")
-        return [named(group) for group in groups]
+    """Tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"{owner} takes a module, an iterable of parameters or groups, not {type(params).__name__}")
     items = list(params)
@@ -54,6 +49,8 @@ def names_of(groups: list[dict[str, Any]], index: int) -> list[str]:
 
 def refuse(p: Tensor, name: str, owner: str) -> None:
     """A parameter that no rule can take is refused at construction."""
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{owner}: parameter {name!r} is no tensor but {type(p).__name__}")
     if p.is_complex():
         raise TypeError(f"{owner}: parameter {name!r} is complex; optimize torch.view_as_real of it instead")
     if not p.is_floating_point():
@@ -61,6 +58,8 @@ def refuse(p: Tensor, name: str, owner: str) -> None:
     if type(p).__name__ == "DTensor" or p.layout is not torch.strided:
         kind = type(p).__name__ if p.layout is torch.strided else str(p.layout)
         raise TypeError(f"{owner}: parameter {name!r} is {kind}, which is not supported; use plain dense parameters")
+    if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+        raise TypeError(f"{owner}: elements of parameter {name!r} share memory (expand); give it memory with .clone()")
 
 
 class Routes(list):

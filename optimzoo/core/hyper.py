@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What may be added to a divisor: where a gradient is zero, less than float32's smallest normal number is 0 / 0.
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -43,8 +46,10 @@ class Hyper:
         if isinstance(value, np.generic):
             value = value.item()
         if self.one_of:
-            if not any(value is allowed or value == allowed for allowed in self.one_of):
-                raise ValueError(f"{owner}: {name}={value!r} is not known; it must be {self.bounds}")
+            if not any(
+                value is allowed or (isinstance(value, type(allowed)) and value == allowed) for allowed in self.one_of
+            ):
+                raise ValueError(f"{owner}: {name}={shown(value)} is not known; it must be {self.bounds}")
             return value
         if isinstance(self.default, tuple) and isinstance(self.default[0], float):
             return self._check_tuple(owner, name, value)
@@ -54,7 +59,9 @@ class Hyper:
 
     def _check_tuple(self, owner: str, name: str, value: Any) -> tuple:
         if not isinstance(value, list | tuple) or len(value) != len(self.default):
-            raise TypeError(f"{owner}: {name}={value!r} must be {len(self.default)} numbers, such as {self.default}")
+            raise TypeError(
+                f"{owner}: {name}={shown(value)} must be {len(self.default)} numbers, such as {self.default}"
+            )
         for item in value:
             self._check_number(owner, name, item)
         return tuple(value)
@@ -63,7 +70,7 @@ class Hyper:
         example = self.default[0] if isinstance(self.default, tuple) else self.default
         if isinstance(example, bool):
             if not isinstance(value, bool):
-                raise TypeError(f"{owner}: {name}={value!r} must be True or False")
+                raise TypeError(f"{owner}: {name}={shown(value)} must be True or False")
             return
         if isinstance(value, Tensor) and value.numel() == 1 and isinstance(example, float):
             if type(value) is not Tensor or value.device.type != "cpu":
@@ -72,7 +79,7 @@ class Hyper:
         kinds = (int,) if isinstance(example, int) else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds):
             word = "an integer" if kinds == (int,) else "a number"
-            raise TypeError(f"{owner}: {name}={value!r} must be {word}, not {type(value).__name__}")
+            raise TypeError(f"{owner}: {name}={shown(value)} must be {word}, not {type(value).__name__}")
         inside = (
             math.isfinite(value)
             and (self.ge is None or value >= self.ge)
@@ -81,7 +88,7 @@ class Hyper:
             and (self.lt is None or value < self.lt)
         )
         if not inside:
-            raise ValueError(f"{owner}: {name}={value!r} is out of range; it must be {self.bounds or 'finite'}")
+            raise ValueError(f"{owner}: {name}={shown(value)} is out of range; it must be {self.bounds or 'finite'}")
 
 
 def hyper(
@@ -99,9 +106,16 @@ def hyper(
     return Hyper(default, ge, gt, le, lt, tuple(one_of), doc, parse)
 
 
+def shown(value: Any) -> str:
+    """A value as it stands in a sentence: on one line, and short."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean ...?' when a known name is close, else ': known are ...'."""
     names = sorted(known)
+    name = str(name)
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
 
@@ -109,6 +123,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def dtype_name(value: Any) -> Any:
     """`torch.bfloat16` -> "bfloat16": options are names and numbers, so that `weights_only` loads them."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def hashable(value: Any) -> Any:
+    """A list as a tuple: groups are the user's to edit, and a file has lists where options are tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def options_of(cls: type) -> dict[str, Hyper]:

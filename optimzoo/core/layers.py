@@ -57,18 +57,21 @@ class LayerOptimizer(MatrixOptimizer):
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
         name = type(self).__name__
-        whole = isinstance(params, nn.Module)
-        model = params if whole else model
+        model = params if isinstance(params, nn.Module) else model
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{name} works on layers of a model: call {name}(model, ...) or {name}(groups, model=model)"
             )
         self.layers = scheduled_layers(model, name)
-        super().__init__(self.default_groups(model) if whole else params, lr, **options)
+        super().__init__(params, lr, **options)
+        for layer in self.layers.values():  # a model that was trained before has counts of its own
+            self.note_count(layer)
 
-    def default_groups(self, model: nn.Module) -> Any:
-        """The groups that stand for the model when nothing else is given."""
-        return model
+    def note_count(self, layer: Any) -> None:
+        """Bring the layer's count in the state up to date."""
+        for p in layer.parameters():
+            if "reselections" in self.state.get(p, {}):
+                self.state[p]["reselections"].copy_(layer.reselections)
 
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         for name, layer in self.layers.items():

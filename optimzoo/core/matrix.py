@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from optimzoo.core.adamw import AdamW
-from optimzoo.core.hyper import hyper
+from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.routing import Route, matrix_shape, why_not_matrix
 
@@ -16,7 +16,7 @@ class MatrixOptimizer(ZooOptimizer):
 
     fallback_lr_scale: float = hyper(1.0, ge=0, doc="AdamW's lr for everything that is no matrix, as a multiple of lr")
     fallback_betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="AdamW's betas for the same")
-    fallback_eps: float = hyper(1e-8, ge=0, doc="AdamW's eps for the same")
+    fallback_eps: float = hyper(1e-8, ge=SMALLEST, doc="AdamW's eps for the same")
 
     @classmethod
     def unfit(cls, shape: tuple[int, ...]) -> str | None:

@@ -19,25 +19,25 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimzoo.core import checkpoint
 from optimzoo.core.engine import Member, check_gradient, run, specs
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
-from optimzoo.core.hyper import Hyper, dtype_name, hyper, nearest, options_of, options_type, signature
+from optimzoo.core.hyper import Hyper, dtype_name, hashable, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
-from optimzoo.core.routing import LAYOUTS, Route
+from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
     fill_slot,
-    has_values,
     is_scale,
     new_slot,
     on_host,
     transfer,
 )
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
 
@@ -89,12 +89,21 @@ class ZooOptimizer(torch.optim.Optimizer):
         self._lost = Lost()
         self._plans: dict[int, tuple[Any, list[Member]]] = {}
         self._state_bytes = 0
+        params = self.default_groups(params) if isinstance(params, nn.Module) else params
         groups = as_groups(params, type(self).__name__)
         self.inspect_groups(groups)
         super().__init__(groups, {name: option.default for name, option in self.options.items()} | given)
         self._remember()
 
     # What a method may override beside its rule.
+
+    @classmethod
+    def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
+        """The groups that a model stands for when it is given in their place; a start for groups of one's own."""
+        groups = param_groups(model)
+        if not groups:
+            raise ValueError(f"{cls.__name__} got a module without trainable parameters; check requires_grad")
+        return groups
 
     @staticmethod
     def due(count: int, h: Any) -> bool:
@@ -136,6 +145,7 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     # What users call.
 
+    @torch._disable_dynamo  # inside a compiled loop: a loop over all parameters is nothing to trace
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's value, if one was given."""
         loss = None
@@ -218,8 +228,14 @@ class ZooOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; the dictionary given is left as it was."""
         group = named_options(type(self), named(param_group))
+        taken = {p for other in self.param_groups for p in other["params"]}
         for p, name in zip(group["params"], names_of([*self.param_groups, group], len(self.param_groups)), strict=True):
             refuse(p, name, type(self).__name__)
+            if p in taken:
+                raise ValueError(
+                    f"{type(self).__name__}: parameter {name!r} is given twice; one step would move it twice"
+                )
+            taken.add(p)
         super().add_param_group(group)
         if self._plans:
             self._remember()
@@ -231,6 +247,8 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over groups and state. All is checked before anything is written; dtypes stay this optimizer's own."""
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()  # hooks may edit it, and it is the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -249,7 +267,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     @classmethod
     def hypers(cls, group: dict[str, Any], **instead: Any) -> Any:
         """This rule's options out of a group: what rules call `h`. `instead` replaces some of them."""
-        found = {name: group.get(name, option.default) for name, option in cls.options.items() if name != "lr"}
+        found = {n: hashable(group.get(n, option.default)) for n, option in cls.options.items() if n != "lr"}
         return cls.Options(**(found | instead))
 
     # Members, routes and slots.
@@ -274,7 +292,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         changed = False
         for index, group in enumerate(self.param_groups):
             token = (
-                tuple(group[name] for name in self.options if name != "lr"),
+                tuple(hashable(group[name]) for name in self.options if name != "lr"),
                 tuple((id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in group["params"]),
                 self.period(group),
             )

@@ -12,7 +12,12 @@ from optimzoo.core.ranks import alone
 
 
 def release_gradients(
-    model: nn.Module, opt: ZooOptimizer, *, accumulate: int = 1, max_norm: float | None = None, scaler: Any = None
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    *,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+    scaler: Any = None,
 ) -> "Release":
     """Let `backward()` step the parameters of `opt`, so that gradients never exist all at once.
 

@@ -78,7 +78,8 @@ def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
     tensor, scale = state[name], state.get(name + SCALE)
     if scale is not None:
         return dequantize(tensor, scale, dtype)
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
+    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+    return tensor.to(dtype) if narrow else tensor
 
 
 def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor) -> None:
@@ -124,8 +125,3 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 _CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there is anything to read."""
-    return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")

@@ -31,6 +31,8 @@ def standardise_rows(g: Tensor, center: bool = True) -> Tensor:
 
 def scale_to_rms_(x: Tensor, rms: float = 1.0) -> Tensor:
     """(..., m, n), changed in place: the root mean square of each matrix becomes `rms`; zeros stay zeros."""
+    if rms == 0:
+        return x.zero_()  # what a division by 0 makes of zeros is NaN
     size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     size.div_(rms * math.sqrt(x.shape[-2] * x.shape[-1])).clamp_min_(torch.finfo(x.dtype).tiny)
     return x.div_(size)

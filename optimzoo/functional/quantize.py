@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.functional.random import hash16
+from optimzoo.functional.slices import starts
 
 BLOCK = 128
 _CHUNK = 1 << 16  # elements handled at a time, whole blocks: temporaries do not grow with the tensor
@@ -30,7 +31,7 @@ def quantize_(codes: Tensor, scale: Tensor, source: Tensor, seed: int | Tensor) 
     A block with an infinity or NaN gets a scale that is none either, so nothing finite comes out of it.
     """
     line, exact = codes.view(-1), source.reshape(-1)
-    for start in range(0, line.numel(), _CHUNK):
+    for start in starts(line, _CHUNK):
         piece = exact[start : start + _CHUNK].to(torch.float32)
         found, scales = _encode(piece, codes.dtype == torch.int8, seed + start)
         line[start : start + _CHUNK].copy_(found)
@@ -62,7 +63,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     """codes (...), scale (blocks,) -> (...), a tensor of its own."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     line, values = codes.view(-1), out.view(-1)
-    for start in range(0, line.numel(), _CHUNK):
+    for start in starts(line, _CHUNK):
         piece, scales = values[start : start + _CHUNK], scale[start // BLOCK : blocks(start + _CHUNK)]
         piece.copy_(line[start : start + _CHUNK])
         if codes.dtype == torch.int8:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.functional.random import hash16
+from optimzoo.functional.slices import starts
 
 _CHUNK = 1 << 16  # elements rounded at a time: the random bits need 8 bytes each
 
@@ -17,7 +18,7 @@ def stochastic_round_(target: Tensor, source: Tensor, seed: int | Tensor) -> Ten
     if target.dtype != torch.bfloat16 or not target.is_contiguous():
         return target.copy_(source)
     flat, exact = target.view(-1), source.reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
+    for start in starts(flat, _CHUNK):
         piece = exact[start : start + _CHUNK].to(torch.float32, copy=True)
         bits = piece.view(torch.int32)
         noise = hash16(piece.numel(), seed + start, piece.device).to(torch.int32)

@@ -1,6 +1,6 @@
 """Bytes that a forward pass keeps for backward: which module and operation holds them, and what else does."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -94,11 +94,12 @@ class _Packed:
         self.tensor, self.module, self.ops = tensor, module, dict[str, None]()
 
 
-def saved(model: nn.Module, batch: Any) -> Saved:
-    """Run one forward pass (`model(**batch)`, `model(*batch)` or `model(batch)`) and tell what it keeps for backward.
+def saved(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None = None) -> Saved:
+    """Run one forward pass and tell what it keeps for backward.
 
-    Counted are whole storages, once each, as a view keeps its base; parameters and buffers of the model are left out.
-    Works on fake tensors. Of a checkpointed block only the inputs are kept; a compiled graph is one operation.
+    The pass is `loss(model, batch)`, or without a loss `model(**batch)`, `model(*batch)` or `model(batch)`. Counted
+    are whole storages, once each, as a view keeps its base; parameters and buffers of the model are left out. Works on
+    fake tensors. Of a checkpointed block only the inputs are kept; a compiled graph is one operation.
     """
     stack, packed = [""], list[ref[_Packed]]()
     current_op = [""]
@@ -122,7 +123,7 @@ def saved(model: nn.Module, batch: Any) -> Saved:
         hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            output = call(model, batch)
+            output = (loss or call)(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -40,9 +40,9 @@ KINDS = (
 
 # Names under which other people's optimizers keep their state.
 _KNOWN = {
-    "first moment": "exp_avg momentum momentum_buffer grad_avg",
+    "first moment": "exp_avg momentum momentum_buffer grad_avg state1",
     "second moment": "exp_avg_sq max_exp_avg_sq exp_inf square_avg acc_delta row_var col_var variance "
-    "exp_avg_sq_row exp_avg_sq_col second_momentum_buffer",
+    "exp_avg_sq_row exp_avg_sq_col second_momentum_buffer state2",
     "accumulator": "sum grad_sum grad_sq_sum ax",
     "basis": "Q Q_L Q_R U V",
     "projector": "projector ortho_matrix",

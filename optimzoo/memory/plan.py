@@ -10,12 +10,12 @@ from torch.utils._pytree import tree_map
 
 from optimzoo.memory.fakes import StandIn, checkpoint_blocks, device_of, fake_model, fake_tensor
 from optimzoo.memory.ledger import human
-from optimzoo.memory.rehearsal import Loss, Make, Rehearsal, default_loss
+from optimzoo.memory.rehearsal import Loss, Make, Rehearsal, Release, default_loss
 from optimzoo.memory.timeline import Timeline, share
 
 NOT_COVERED = (
-    "not covered: scratch memory inside kernels and compiled graphs, the allocator's rounding and fragmentation, "
-    "the device's context"
+    "not covered: scratch memory inside kernels, what a compiler saves or adds, the allocator's rounding and "
+    "fragmentation, the device's context"
 )
 SHARDED = (
     "sharded arithmetically: parameters, gradients and state are divided by the number of ranks; not covered are the "
@@ -80,7 +80,7 @@ def plan(
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
-    release: bool = False,
+    release: Release | None = None,
     world_size: int = 1,
     convert: Callable[[nn.Module], Any] | None = None,
     device: str | None = None,
@@ -92,12 +92,11 @@ def plan(
     and backward alone. `batch`: what the model is called with; without one only the optimizer's step is planned.
     `loss`: (model, batch) -> scalar, by default the output's `loss` or the mean of its first tensor.
 
-    `release`: every gradient is used and freed as soon as it is there. `world_size`: shards of FSDP, by arithmetic.
-    `convert`: applied to the fake model first. `device`: "cpu" or "cuda", the kind of machine that is planned for, by
-    default the model's. All periodic work of an optimizer is planned as falling into this one step.
+    `release`: (fake model, optimizers) -> anything; called before backward, which from then on uses and frees each
+    gradient. `world_size`: shards of FSDP, by arithmetic. `convert`: applied to the fake model first. `device`: "cpu"
+    or "cuda", the kind of machine that is planned for, by default the model's. All periodic work of an optimizer is
+    planned as falling into this one step.
     """
-    if release and accumulate > 1:
-        raise ValueError("plan: release=True uses every gradient at once, so it cannot accumulate; drop one of the two")
     for name, value in (("accumulate", accumulate), ("world_size", world_size)):
         if value < 1:
             raise ValueError(f"plan: {name}={value} must be at least 1")

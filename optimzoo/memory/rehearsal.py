@@ -1,7 +1,7 @@
 """One training step, run to see what is alive in it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from optimzoo.memory.timeline import Timeline, share
 
 Make = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 Loss = Callable[[nn.Module, Any], Tensor]
+Release = Callable[[nn.Module, Sequence[Optimizer]], Any]  # from here on, backward steps and frees each gradient
 
 
 class Unplannable(RuntimeError):
@@ -52,17 +53,18 @@ class Rehearsal:
         self.timeline.live -= self.state.total  # a remainder is what optimizers hold without its being state
         self.timeline.step_workspace = self.timeline.most_gradients = 0
 
-    def only_step(self, release: bool) -> None:
+    def only_step(self, release: Release | None) -> None:
         self.timeline.begin("step")
-        for part in [[p] for p in self.trained] if release else [self.trained]:
-            with self._counting():
-                self._gradients(part)
-                self._update(self.optimizers)
-                self._clear()
+        if release is None:
+            self._gradients()
+        else:
+            self._watch(release)
+            for p in self.trained:
+                p.sum().backward()
+        self._update(self.optimizers)
 
-    def step(self, accumulate: int, autocast: torch.dtype | None, release: bool) -> None:
-        for p in self.trained:
-            p.register_post_accumulate_grad_hook(self._release if release else self.timeline.arrived)
+    def step(self, accumulate: int, autocast: torch.dtype | None, release: Release | None) -> None:
+        self._watch(release)
         for _ in range(min(accumulate, 2)):  # from the second micro-batch on they are all alike
             self.timeline.begin("forward")
             before = self.timeline.live
@@ -72,16 +74,29 @@ class Rehearsal:
                 self.activations = max(self.activations, self.timeline.live - before)
                 self.timeline.begin("backward")
                 loss.backward()
-        if not release and self.optimizers:
+        if self.optimizers:
             self.timeline.begin("step")
             self._update(self.optimizers)
 
-    def _release(self, p: Tensor) -> None:
-        """As a hook: use the gradient of this parameter alone, and free it."""
-        with self._counting():
+    def _watch(self, release: Release | None) -> None:
+        """Note when gradients are complete and, with `release`, what happens from then until they are freed."""
+        inside = ExitStack()
+
+        def complete(p: Tensor) -> None:
             self.timeline.arrived(p)
-            self._update(self.optimizers)
-            self._clear([p])
+            if release is not None:
+                inside.enter_context(self.timeline.stepping())
+
+        def freed(p: Tensor) -> None:
+            inside.close()
+            self.timeline.dropped(p)
+
+        for p in self.trained:
+            p.register_post_accumulate_grad_hook(complete)
+        if release is not None:
+            release(self.model, self.optimizers)
+            for p in self.trained:
+                p.register_post_accumulate_grad_hook(freed)
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -91,18 +106,19 @@ class Rehearsal:
         for group, before in groups:
             group.update(before)
 
-    def _gradients(self, params: Sequence[Tensor] | None = None) -> None:
-        for p in self.trained if params is None else params:
+    def _gradients(self) -> None:
+        for p in self.trained:
             p.grad = torch.empty_like(p)
             self.timeline.arrived(p)
 
-    def _clear(self, params: Sequence[Tensor] | None = None) -> None:
-        for p in self.trained if params is None else params:
+    def _clear(self) -> None:
+        for p in self.trained:
             self.timeline.dropped(p)
             p.grad = None
 
     def _update(self, optimizers: Sequence[Optimizer]) -> None:
-        with self.timeline.stepping():
+        # Dynamo reads values; what compiled code would fuse is planned as it runs without, which is no less.
+        with self.timeline.stepping(), torch.compiler.set_stance("force_eager"):
             for optimizer in optimizers:
                 with _named(f"{type(optimizer).__module__.split('.')[0]}'s {type(optimizer).__name__}"):
                     optimizer.step()

@@ -5,9 +5,10 @@ import pkgutil
 import re
 from functools import cache
 
+from optimzoo.modules.norm_cache import NormCache
 from optimzoo.modules.replacement import Replacement, convert, merge, unmerge
 
-__all__ = ["Replacement", "convert", "kinds", "merge", "unmerge"]
+__all__ = ["NormCache", "Replacement", "convert", "kinds", "merge", "unmerge"]
 
 
 @cache

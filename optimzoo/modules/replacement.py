@@ -46,6 +46,11 @@ class Replacement(nn.Module, ABC):
         """Give `from_linear`'s options for each matched layer; a kind whose layers share a budget overrides it."""
         return {name: cls.resolve(**options) for name in linears}
 
+    @classmethod
+    def probe(cls, model: nn.Module, names: Sequence[str], batch: Any) -> None:
+        """Warn where converting these layers of `model` is of no use, as a run of it on `batch` shows."""
+        raise TypeError(f"{cls.__name__} has nothing to find out from a batch; leave batch= out")
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -55,6 +60,8 @@ def convert(
     kind: type[Replacement],
     match: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
+    *,
+    batch: Any = None,
     **options: Any,
 ) -> list[str]:
     """Replace the `nn.Linear` layers whose names match by `kind`, in place, and return their names.
@@ -63,6 +70,9 @@ def convert(
     heads, layers that share their weight with another module, layers already replaced and subclasses of `nn.Linear`
     (whose owner may read the weight without calling them); naming one of these in full is an error, except for a head
     that shares nothing, which is then converted.
+
+    With a `batch`, on which the model is run once (`model(**batch)`, `model(*batch)` or `model(batch)`), kinds that are
+    about activations warn by name of layers where they can save nothing, and of what keeps the input there.
 
     A converted model saves and loads with `state_dict` between models converted alike; before writing it for
     `from_pretrained`, `merge` it: the keys of a replaced layer mean nothing to a plain model.
@@ -74,8 +84,18 @@ def convert(
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(f"{name!r} has hooks that convert would drop: remove them first, and add them again after")
     prepared = kind.prepare(layers, **options)
+    if batch is not None:
+        kind.probe(model, list(layers), batch)
+    trained = {p: p.requires_grad for layer in layers.values() for p in layer.parameters()}
     for name, layer in layers.items():
-        _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+        try:
+            _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+        except (TypeError, ValueError, RuntimeError) as error:  # all or nothing
+            for earlier, original in layers.items():
+                _put(model, earlier, original)
+            for p, requires_grad in trained.items():
+                p.requires_grad_(requires_grad)
+            raise type(error)(f"{name!r} cannot become {kind.__name__}: {error}") from error
     return list(layers)
 
 

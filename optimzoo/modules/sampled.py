@@ -1,7 +1,8 @@
 """`SampledLinear`: exact forward, weight gradient from a sample of the tokens (WTA-CRS)."""
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional import random
 from optimzoo.functional.sampling import CRITERIA, column_row_sample
+from optimzoo.memory.activations import saved
 from optimzoo.modules.replacement import Replacement
-from optimzoo.modules.sampled_site import SHARED, Sample, Site, row_norms, shared_site
+from optimzoo.modules.sampled_site import SHARED, Sample, Site, any_block, row_norms, shared_site
 
 MIN_ROWS = 10  # fewer rows than this are not worth an estimate
 _WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -29,10 +31,12 @@ class SampledLinear(Replacement, nn.Linear):
 
     Input (..., n), output (..., m); k = ratio * tokens, at least 10. Kept for backward instead of x: k n numbers, an
     int32 index and a float32 scale of length k. Input and bias gradients are exact. Weight and bias are the converted
-    layer's own parameters. Memory is saved only where nothing else keeps x alive, which one warning tells.
+    layer's own parameters. Memory is saved only where nothing else keeps x alive:
+    `convert(..., batch=batch)` tells before, and otherwise a warning in the first backward pass.
 
     Winner-take-all column-row sampling (Liu et al., 2023, arXiv 2305.15265). Without a `NormCache` tokens are drawn in
-    proportion to |x|. Layers named together in `share` that receive the same tensor keep one sample between them.
+    proportion to |x|, which is poor where few tokens have all the gradient: give a classifier that reads one token of a
+    text a cache. Layers named together in `share` that receive the same tensor keep one sample between them.
     """
 
     options: ClassVar[Mapping[str, Hyper]] = {
@@ -61,6 +65,26 @@ class SampledLinear(Replacement, nn.Linear):
         values = cls.resolve(**options)
         sites: dict[tuple[str, int], Site] = {}
         return {name: values | {"name": name, "site": shared_site(name, values["share"], sites)} for name in linears}
+
+    @classmethod
+    def probe(cls, model: nn.Module, names: Sequence[str], batch: Any) -> None:
+        """Warn of layers whose input something else keeps until backward, block by block in one line."""
+        random_states = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=random_states):
+            found = saved(model, batch).freed_without(names)
+        kept: dict[tuple[str, tuple[str, ...]], int] = {}
+        for name, freed in found.items():
+            if freed.held_by:
+                parts = [holder.partition(" (") for holder in freed.held_by]
+                who = dict.fromkeys(any_block(module) + bracket + op for module, bracket, op in parts)
+                kept[any_block(name), tuple(who)] = kept.get((any_block(name), tuple(who)), 0) + 1
+        if kept:
+            lines = [f"{n} x {name!r}, kept by {', '.join(who)}" for (name, who), n in kept.items()]
+            warnings.warn(
+                "sampling saves no memory where another operation keeps the input; exclude these from convert: "
+                + "; ".join(lines),
+                stacklevel=3,
+            )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, name: str = "", site: Site | None = None, **options: Any) -> Self:

@@ -40,7 +40,7 @@ class Site:
         self.seen = 0  # one bit a member
         self.input: Tensor | None = None
         self.shared: Sample | None = None
-        self.norms: Tensor | None = None  # (B, 1 or more) sizes of the gradient at the last visit, of a NormCache
+        self.norms: Tensor | None = None  # (B, 1 or more) expected sizes of the gradient, of a NormCache
         self.record: Callable[[Tensor], None] | None = None
         self.warned = False
 
@@ -57,7 +57,7 @@ class Site:
         return found
 
     def _spread(self, layer: "SampledLinear", x: Tensor) -> Tensor:
-        """Cached norms as one number a token; what was never seen counts as the mean of what was."""
+        """Cached norms as one number a token."""
         assert self.norms is not None
         batch, per_sample = self.norms.shape
         length = x.shape[:-1].numel() // max(x.shape[0], 1)
@@ -67,10 +67,7 @@ class Site:
                 f" and holds {per_sample} norms each: samples must come first, and longer or packed sequences need"
                 " mode='sample'"
             )
-        norms = self.norms[:, :length].expand(batch, length).reshape(-1)
-        known = norms >= 0
-        mean = torch.where(known, norms, 0.0).sum() / known.sum().clamp_min(1)
-        return torch.where(known, norms, torch.where(mean > 0, mean, 1.0))
+        return self.norms[:, :length].expand(batch, length).reshape(-1)
 
     def observer(self, layer: "SampledLinear", x: Tensor) -> Callable[[Tensor], None] | None:
         """What backward does besides gradients: report their sizes, and find out whether anything was saved at all."""
@@ -89,14 +86,18 @@ class Site:
 
     def _warn(self, name: str) -> None:
         self.warned = True
-        blocks = re.sub(r"\b\d+\b", "*", name)
-        name = blocks if re.search(r"\w", blocks) else name  # one text, and so one warning, for all blocks
         warnings.warn(
-            f"sampling {name!r} saves no memory: another operation (a norm or activation that keeps its output) or the"
-            " caller holds the layer's input until backward; exclude it from convert, or see who holds it with"
-            " optimzoo.memory.activations.saved",
+            f"sampling {any_block(name)!r} saves no memory: another operation (a norm or activation that keeps its"
+            " output) or the caller holds the layer's input until backward; exclude it from convert, whose batch= tells"
+            " who holds it",
             stacklevel=2,
         )
+
+
+def any_block(name: str) -> str:
+    """The name with stars for numbers: one text, and so one warning, for all blocks."""
+    blocks = re.sub(r"\b\d+\b", "*", name)
+    return blocks if re.search(r"\w", blocks) else name
 
 
 def shared_site(name: str, share: tuple[tuple[str, ...], ...], sites: dict[tuple[str, int], Site]) -> Site:

@@ -54,6 +54,8 @@ class SpectralLinear(Replacement):
         super().__init__()
         chosen = self.resolve(**options)
         self.out_features, self.in_features = weight.shape
+        if not weight.numel():
+            raise ValueError(f"SpectralLinear: a weight of {tuple(weight.shape)} has no singular values")
         self.rank = min(chosen["rank"], *weight.shape)
         self.enhanced: bool = chosen["enhanced"]
         self.evaluation: str = chosen["evaluation"]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import MatrixOptimizer, Slot, hyper
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
@@ -39,7 +40,7 @@ class COSMOS(MatrixOptimizer):
     lr: float = hyper(2e-3, ge=0, doc="step size; a matrix moves by lr * lr_ratio (RMS), the rest like AdamW at lr")
     weight_decay: float = hyper(0.1, ge=0, doc="decoupled decay, multiplied by lr")
     betas: tuple[float, float] = hyper((0.95, 0.95), ge=0, lt=1, doc="decay of the momentum and of U, S, V")
-    eps: float = hyper(1e-8, ge=0, doc="added to the root of V and to the norms")
+    eps: float = hyper(1e-8, ge=SMALLEST, doc="added to the root of V and to the norms")
     rank: int = hyper(64, ge=1, doc="columns of the basis U")
     gamma: float = hyper(0.2, ge=0, doc="weight of the Muon part beside the SOAP part")
     lr_ratio: float = hyper(0.2, ge=0, doc="RMS of a matrix step as a multiple of lr")

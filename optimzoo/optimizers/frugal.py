@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optimzoo.core import AdamW, MatrixOptimizer, Route, Slot, hyper
 from optimzoo.core.engine import Member
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional.directions import stateful_direction, stateless_direction
 from optimzoo.functional.part_steps import PIECE, Rate, column_step_, room_for, row_step_, stateless_step_
 from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn
@@ -35,7 +36,7 @@ class FRUGAL(MatrixOptimizer):
     """
 
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="decay of the averages; sgdm uses the first")
-    eps: float = hyper(1e-8, ge=0, doc="added to the root of AdamW's second average")
+    eps: float = hyper(1e-8, ge=SMALLEST, doc="added to the root of AdamW's second average")
     density: float = hyper(0.25, ge=0, le=1, doc="the part of each matrix, or of all matrices' bytes, that has state")
     update_gap: int = hyper(200, ge=1, doc="steps between choices of the part")
     projection: str = hyper("columns", one_of=PARTS, doc="what the part consists of")

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper, param_groups
+from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper
 from optimzoo.core.collecting import fold, follow
-from optimzoo.core.layers import COUNTER, LayerOptimizer
+from optimzoo.core.hyper import SMALLEST
+from optimzoo.core.layers import COUNTER, LayerOptimizer, scheduled_layers
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.cover import sm3_sparse_update
 from optimzoo.functional.entries import Exchanges, adam_entries, grown_by_cover, grown_by_sums
@@ -34,7 +35,7 @@ class Entries(ZooOptimizer):
     """Adam for single entries, each with its own age: 10 bytes an entry."""
 
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, doc="decay of the two averages")
-    eps: float = hyper(1e-6, ge=0, doc="added to the root of the second average before its bias is corrected")
+    eps: float = hyper(1e-6, ge=SMALLEST, doc="added to the root of the second average before its bias is corrected")
 
     decay_after = True
 
@@ -111,15 +112,14 @@ class SFT(Entries, LayerOptimizer):
             raise ValueError("SFT got no values of a SparseDeltaLinear to train; check requires_grad and the groups")
         self._watch()
 
-    def default_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    @classmethod
+    def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
         """The deltas, then what `param_groups` says of the rest, undecayed."""
-        values = {layer.values for layer in self.layers.values()}
-        deltas, rest = [], []
-        for group in param_groups(model):
-            deltas += [(name, p) for name, p in group["params"] if p in values]
-            others = [(name, p) for name, p in group["params"] if p not in values]
-            rest += [{**group, "params": others, "weight_decay": 0.0}] if others else []
-        return [{"params": deltas, "name": "deltas"}, *rest]
+        values = {layer.values for layer in scheduled_layers(model, cls.__name__).values()}
+        groups = super().default_groups(model)
+        deltas = [pair for group in groups for pair in group["params"] if pair[1] in values]
+        rest = [{**g, "params": [x for x in g["params"] if x[1] not in values], "weight_decay": 0.0} for g in groups]
+        return [{"params": deltas, "name": "deltas"}, *(group for group in rest if group["params"])]
 
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Bare matrices are nothing to warn of: AdamW takes them all."""
@@ -191,7 +191,7 @@ class SFT(Entries, LayerOptimizer):
             grow = grown_by_sums(state["candidates"], state["grad_sum"], state["grad_micro"], layer.indices, drop)
         drop, grow = from_first_rank(drop), from_first_rank(grow)  # ties may fall differently on other devices
         source = layer.reselect(group["step"], drop=drop, grow=grow)[p]
-        state["reselections"].copy_(layer.reselections)
+        self.note_count(layer)
         if not covered:
             follow(state, layer.indices, source, group["betas"])
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from optimzoo.core import Slot, ZooOptimizer, hyper
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional.cover import sm3_shapes, sm3_step_, sm3_update
 
 
@@ -26,7 +27,7 @@ class SM3(ZooOptimizer):
 
     lr: float = hyper(1e-2, ge=0, doc="step size; the first step moves every entry by it")
     momentum: float = hyper(0.0, ge=0, lt=1, doc="average the update; costs one tensor of the weight's shape")
-    eps: float = hyper(1e-30, ge=0, doc="added under the root, where anything larger is a floor on the step's divisor")
+    eps: float = hyper(1e-30, ge=SMALLEST, doc="added under the root; anything larger is a floor on the divisor")
 
     paper = "Anil et al. 2019, arXiv:1901.11150"
     workspace = 2.0

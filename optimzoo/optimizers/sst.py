@@ -12,11 +12,12 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from optimzoo.core import AdamW, Route, Slot, hyper, param_groups
+from optimzoo.core import AdamW, Route, Slot, hyper
 from optimzoo.core.engine import Member
-from optimzoo.core.layers import COUNTER, LayerOptimizer, count_of
+from optimzoo.core.layers import COUNTER, LayerOptimizer, count_of, scheduled_layers
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.random import fold
 
@@ -36,6 +37,15 @@ class Role(NamedTuple):
     part: str
     layer: str
     place: int
+
+
+def roles_of(layers: dict[str, Any]) -> dict[Tensor, Role]:
+    """The parameters of spectral layers."""
+    found: dict[Tensor, Role] = {}
+    for place, (name, layer) in enumerate(layers.items()):
+        found |= {p: Role("vectors", name, place) for p in (layer.U_a, layer.V_a)}
+        found[layer.s] = Role("values", name, place)
+    return found
 
 
 class SST(AdamW, LayerOptimizer):
@@ -65,15 +75,15 @@ class SST(AdamW, LayerOptimizer):
         for name, layer in self.layers.items():
             if count_of(layer) == 0:
                 self._draw(name, 0)
-            self._note_count(layer)
 
     # Groups and routes.
 
-    def default_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    @classmethod
+    def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
         """Vectors, values, then what `param_groups` makes of the rest."""
-        roles, rest = self.roles(), []
+        roles, rest = roles_of(scheduled_layers(model, cls.__name__)), []
         parts: dict[str, list[tuple[str, Tensor]]] = {"vectors": [], "values": []}
-        for group in param_groups(model):
+        for group in super().default_groups(model):
             others = [(name, p) for name, p in group["params"] if p not in roles]
             for name, p in group["params"]:
                 if p in roles:
@@ -84,7 +94,7 @@ class SST(AdamW, LayerOptimizer):
 
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         given = {p for group in groups for p in group["params"]}
-        for p, role in self.roles().items():
+        for p, role in roles_of(self.layers).items():
             if p.requires_grad and p not in given:
                 raise ValueError(f"SST: no group holds the singular {role.part} of {role.layer!r}; add its parameters")
 
@@ -97,16 +107,8 @@ class SST(AdamW, LayerOptimizer):
                 "learning rate would never be reached"
             )
 
-    def roles(self) -> dict[Tensor, Role]:
-        """The parameters of spectral layers."""
-        found: dict[Tensor, Role] = {}
-        for place, (name, layer) in enumerate(self.layers.items()):
-            found |= {p: Role("vectors", name, place) for p in (layer.U_a, layer.V_a)}
-            found[layer.s] = Role("values", name, place)
-        return found
-
     def members(self, index: int) -> list[Member]:
-        self._roles = self.roles()
+        self._roles = roles_of(self.layers)
         return super().members(index)
 
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
@@ -156,7 +158,10 @@ class SST(AdamW, LayerOptimizer):
     def _draw(self, name: str, draw: int) -> None:
         """Let one layer choose its vectors; state that is about other vectors now starts afresh, the rest follows."""
         layer, schedule = self.layers[name], self.param_groups[0]
-        moved = layer.reselect(draw, seed=fold(schedule["seed"], name, draw), sampling=schedule["sampling"])
+        try:
+            moved = layer.reselect(draw, seed=fold(schedule["seed"], name, draw), sampling=schedule["sampling"])
+        except torch.linalg.LinAlgError as error:
+            raise RuntimeError(f"SST: {name!r} cannot be decomposed, it holds NaN or infinity") from error
         if moved[layer.s] is None and count_of(layer):  # signs of vectors may differ from device to device
             for tensor in layer.state_dict().values():
                 from_first_rank(tensor)
@@ -168,8 +173,4 @@ class SST(AdamW, LayerOptimizer):
             else:
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key].copy_(self.state[p][key][source])
-        self._note_count(layer)
-
-    def _note_count(self, layer: Any) -> None:
-        if layer.s in self.state:
-            self.state[layer.s]["reselections"].copy_(layer.reselections)
+        self.note_count(layer)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,6 +101,9 @@ class Folder:
             return None
         remedy = "put a good copy in its place, or delete it to start again from step 0"
         try:
+            with zipfile.ZipFile(self.checkpoint) as archive:
+                if archive.testzip() is not None:  # torch itself does not look at the checksums
+                    raise ValueError("a checksum is wrong")
             state = torch.load(self.checkpoint, map_location=device, weights_only=True)
         except Exception as error:  # a damaged archive raises anything from EOFError to UnpicklingError
             raise UserError(f"{self.checkpoint} is damaged or no checkpoint of torch; {remedy}") from error
@@ -107,6 +111,9 @@ class Folder:
             raise UserError(f"{self.checkpoint} is not a checkpoint of an optimzoo run; {remedy}")
         if state.get("key") != recipe.key:
             raise UserError(f"{self.checkpoint} belongs to another recipe; {remedy}")
+        step = state.get("step")
+        if type(step) is not int or not 0 <= step <= recipe.schedule.steps:
+            raise UserError(f"{self.checkpoint} is damaged: step is {str(step)[:20]}; {remedy}")
         return state
 
     def finished(self, recipe: Recipe) -> dict[str, Any] | None:
@@ -121,16 +128,24 @@ class Folder:
     def log(self, step: int) -> Iterator["Log"]:
         """The metrics, cut back to the first `step` updates, open for more."""
         rows = self.rows()[:step]
+        if len(rows) < step:
+            raise UserError(
+                f"{self.metrics} holds {len(rows)} of the {step} updates that {self.checkpoint.name} has seen; put a "
+                "good copy in its place, or delete the checkpoint to start again from step 0"
+            )
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         with self.metrics.open("ab", buffering=0) as file:  # unbuffered: nothing is left to fail when it closes
             yield Log(file, rows)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The metrics of every update; a line that a kill has torn ends them."""
+        """The metrics of every update; a line that a kill has torn, or that is none of ours, ends them."""
         rows: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict) or row.get("step") != len(rows) + 1 or "loss" not in row:
+                    break
+                rows.append(row)
         return rows
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from optimzoo import modules
 from optimzoo.core.hyper import nearest
+from optimzoo.memory.fakes import checkpoint_blocks
 from optimzoo.training.errors import UserError
 from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
@@ -24,7 +25,23 @@ def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
         model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
         for conversion in recipe.modules:
             convert(model, conversion)
+    if recipe.checkpointing:
+        try:
+            checkpoint_blocks(model)
+        except ValueError as error:
+            raise UserError(f"checkpointing: {error}") from error
     return model
+
+
+def norm_cache(recipe: Recipe, model: nn.Module, examples: int) -> modules.NormCache | None:
+    """What the model's sampled layers remember of their gradients' sizes, where the recipe says `norms`."""
+    if recipe.norms == "none":
+        return None
+    length = recipe.data.sequence if recipe.norms in ("token", "position") else None
+    try:
+        return modules.NormCache(model, examples, recipe.norms, length)
+    except ValueError as error:
+        raise UserError(f"norms: {error}") from error
 
 
 def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:

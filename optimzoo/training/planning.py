@@ -37,7 +37,7 @@ def described(
     data = {"name": "python-source", "batch": batch, "sequence": sequence, "accumulate": more.pop("accumulate", 1)}
     chosen = {"lr": 1e-3, **options, "name": optimizer}
     section["dtype"] = DTYPES.get(dtype, dtype)
-    values = {"model": section, "data": data, "optimizer": chosen, "schedule": {"steps": 1}, **more}
+    values = {"model": section, "data": data, "optimizer": chosen, "schedule": {"steps": 1}, "clip": 0, **more}
     return validate(values, "plan")
 
 
@@ -102,7 +102,9 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     autocast = torch.bfloat16 if recipe.autocast == "bf16" else None
     decided = {"loss": task_of(recipe).loss, "accumulate": recipe.data.accumulate, "autocast": autocast}
-    return {**decided, **how, "device": device}
+    decided |= {"release": recipe.release}
+    checkpointing = how.get("checkpointing") or recipe.checkpointing
+    return {**decided, **how, "checkpointing": checkpointing, "device": device}
 
 
 def bytes_of(text: str) -> int:

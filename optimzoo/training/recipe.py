@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from optimzoo import registry
 from optimzoo.core.hyper import nearest
 from optimzoo.training.errors import UserError
 from optimzoo.training.parsing import parse, put
@@ -20,6 +21,7 @@ from optimzoo.training.sections import (
     Evaluation,
     Glue,
     HuggingFace,
+    Labelled,
     Llama,
     Memory,
     OptimizerSpec,
@@ -33,6 +35,7 @@ from optimzoo.training.sections import (
     Wandb,
 )
 
+_UNSEEN = ("wandb", "checkpoint", "memory", "release")  # the weights are the same to the bit whatever these say
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 
 
@@ -45,7 +48,10 @@ class Recipe(Section):
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
     clip: float = Field(default=1.0, ge=0)  # 0: never
+    release: bool = False  # step inside backward, and free each gradient at once
     autocast: Literal["bf16", "none"] = "none"
+    checkpointing: bool = False  # keep the inputs of blocks only, and compute them again in backward
+    norms: Literal["none", "position", "sample", "token"] = "none"  # what sampled layers know, as NormCache has it
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -66,6 +72,25 @@ class Recipe(Section):
         return seeds
 
     @model_validator(mode="after")
+    def _examples_have_numbers(self) -> Self:
+        if self.norms in ("sample", "token") and not isinstance(self.data, Labelled):
+            raise ValueError(f"norms={self.norms!r} needs labelled data, whose examples have numbers; use position")
+        return self
+
+    @model_validator(mode="after")
+    def _releasable(self) -> Self:
+        if not self.release:
+            return self
+        why = "release: true uses each gradient before the next one exists, so"
+        if self.clip > 0:
+            raise ValueError(f"{why} nothing can be clipped to a total norm (clip={self.clip:g}); add clip: 0")
+        if self.data.accumulate > 1:
+            raise ValueError(f"{why} none adds up over data.accumulate={self.data.accumulate} batches; make it 1")
+        if self.optimizer.name not in registry.optimizers():
+            raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
+        return self
+
+    @model_validator(mode="after")
     def _claims_are_about_entries(self) -> Self:
         labels = [entry.label for entry in self.compare]
         for name in (name for claim in self.claims for _, names in claim.rules() for name in names):
@@ -80,7 +105,7 @@ class Recipe(Section):
     @property
     def key(self) -> str:
         """A hash of everything that the weights depend on."""
-        decides = {name: part for name, part in self.run().items() if name not in ("wandb", "checkpoint", "memory")}
+        decides = {name: part for name, part in self.run().items() if name not in _UNSEEN}
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
     def replace(self, changes: Mapping[str, Any]) -> "Recipe":
@@ -120,6 +145,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides, whose values are YAML too."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""

@@ -63,6 +63,7 @@ def table(methods: Sequence[Result], title: str) -> Table:
     result.add_row(
         "workspace of a step", *("-" if one["workspace"] is None else size(one["workspace"]) for one in held)
     )
+    result.add_row("saved for backward", *(size(one["activations"]) for one in held))
     result.add_row("time of a step", *(duration(method["step_s"]) for method in methods))
     result.add_row("  of it the optimizer", *(duration(method["optimizer_s"]) for method in methods))
     return result

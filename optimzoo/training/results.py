@@ -35,7 +35,12 @@ def _bytes(optimizer: Optimizer) -> int:
 
 
 def summarise(
-    recipe: Recipe, corpus: Data, model: nn.Module, optimizers: list[Optimizer], rows: list[dict[str, Any]]
+    recipe: Recipe,
+    corpus: Data,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    rows: list[dict[str, Any]],
+    activations: int,
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
     weights = list(model.parameters())
@@ -64,6 +69,7 @@ def summarise(
             "largest_parameter": max(p.numel() * p.element_size() for p in weights),
             "state": sum(by_kind.values()),
             "state_by_kind": by_kind,
+            "activations": activations,
             "workspace": max(spaces, default=None),
         },
         "step_s": step_s,

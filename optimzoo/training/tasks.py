@@ -40,6 +40,9 @@ class Task(Protocol):
     def scores(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """(n,) numbers by name, `loss` among them, whose means over the held-out batches are reported."""
 
+    def ids(self, batch: Any) -> Tensor:
+        """(n,) numbers of the batch's examples, or places in the batch where examples have none."""
+
     def blank(self, spec: Any, size: int) -> Any:
         """A batch of `size` without values, for plans."""
 
@@ -55,6 +58,9 @@ class NextToken:
 
     def scores(self, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(model, tokens)[None]}
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        return torch.arange(len(tokens))
 
     def blank(self, spec: Batches, size: int) -> Tensor:
         return torch.empty(size, spec.sequence + 1, dtype=torch.int64, device="meta")
@@ -76,6 +82,9 @@ class Classification:
         logits, labels = self.logits(model, batch), batch["labels"]
         hits = logits.argmax(1) == labels
         return {"loss": cross_entropy(logits, labels, reduction="none"), "accuracy": hits.float()}
+
+    def ids(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["ids"]
 
     def blank(self, spec: Labelled, size: int) -> dict[str, Tensor]:
         tokens, one = (size, spec.sequence), (size,)

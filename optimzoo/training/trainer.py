@@ -1,5 +1,6 @@
 """The training loop, top to bottom. Whoever wants another loop copies this file."""
 
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
+from optimzoo.core import release_gradients
+from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
+from optimzoo.modules import NormCache
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
-from optimzoo.training.model import build_model, check_room
+from optimzoo.training.model import build_model, check_room, norm_cache
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
@@ -51,14 +55,18 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
     check_room(model, data.sequence, corpus.vocab)
     optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
-    first = restore(recipe, home, device, model, optimizers, schedulers)
+    norms = norm_cache(recipe, model, corpus.facts.get("train_examples", 0))
+    first = restore(recipe, home, device, model, optimizers, schedulers, norms)
     write_json(home.path / "versions.json", versions())
 
     with (
         home.log(first) as log,
         wandb(recipe, home.path) as wandb_log,
         progress.bar(home.path.name, steps, quiet) as show,
+        ExitStack() as released,
     ):
+        for optimizer in optimizers if recipe.release else ():
+            released.enter_context(release_gradients(model, optimizer))  # `backward` does what `update` does below
         for step in range(first, steps):
             if log.diverged:
                 break
@@ -67,15 +75,16 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             loss = torch.zeros((), device=device)
             for micro in range(data.accumulate):
                 batch = to(device, corpus.batch(recipe.seed, step, micro, data.batch, data.sequence))
-                with autocast(recipe, device):
-                    part = task.loss(model, batch) / data.accumulate
-                part.backward()
+                with norms.batch(task.ids(batch)) if norms else nullcontext():
+                    with autocast(recipe, device):
+                        part = task.loss(model, batch) / data.accumulate
+                    part.backward()
                 loss += part.detach()
-            norm = clip(model, recipe.clip)
+            norm = None if recipe.release else clip(model, recipe.clip)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
 
             # Counting allocations slows a step down: those steps are left out of the times.
-            measured = step < 3 or (step + 1) % recipe.memory.every == 0
+            measured = not recipe.release and (step < 3 or (step + 1) % recipe.memory.every == 0)
             ready = now(device)
             workspace = update(optimizers, device if measured else None)
             ended = now(device)
@@ -83,9 +92,11 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
                 optimizer.zero_grad(set_to_none=True)  # the gradients' memory is free until the next backward
                 schedule.step()
 
-            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr, "gradient_norm": finite(norm.item())}
+            row = {"step": step + 1, "loss": finite(loss.item()), "lr": lr}
+            row |= {"gradient_norm": None if norm is None else finite(norm.item())}
             row |= {"memory/state_bytes": state_bytes(optimizers), "memory/workspace_bytes": workspace}
-            row |= {"step_s": None if measured else ended - began, "optimizer_s": None if measured else ended - ready}
+            row |= {"step_s": None if measured else ended - began}
+            row |= {"optimizer_s": None if measured or recipe.release else ended - ready}
             row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
             last = step + 1 == steps or row["loss"] is None
             if last or (step + 1) % recipe.eval.every == 0:
@@ -95,9 +106,12 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
             show(step + 1, row)
             if recipe.checkpoint.every and (last or (step + 1) % recipe.checkpoint.every == 0):
                 log.sync()
-                save(recipe, home, step + 1, model, optimizers, schedulers)
+                save(recipe, home, step + 1, model, optimizers, schedulers, norms)
 
-        result = summarise(recipe, corpus, model, optimizers, log.rows)
+        batch = to(device, corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence))
+        with autocast(recipe, device):
+            activations = saved(model, batch, task.loss).total
+        result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
     write_json(home.result, result)
     return result
 
@@ -142,11 +156,18 @@ def to(device: torch.device, batch: Any) -> Any:
 
 
 def save(
-    recipe: Recipe, home: Folder, step: int, model: nn.Module, optimizers: list[Optimizer], schedulers: list[LambdaLR]
+    recipe: Recipe,
+    home: Folder,
+    step: int,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> None:
     """Write everything that the next update depends on."""
     parts = {"optimizers": [o.state_dict() for o in optimizers], "schedulers": [s.state_dict() for s in schedulers]}
-    home.save(recipe, step, {"model": model.state_dict(), **parts})
+    known = {"norms": norms.state_dict()} if norms else {}
+    home.save(recipe, step, {"model": model.state_dict(), **parts, **known})
 
 
 def restore(
@@ -156,6 +177,7 @@ def restore(
     model: nn.Module,
     optimizers: list[Optimizer],
     schedulers: list[LambdaLR],
+    norms: NormCache | None,
 ) -> int:
     """Load the checkpoint, if there is one, and return how many updates it has seen."""
     state = home.load(recipe, device)
@@ -164,12 +186,18 @@ def restore(
     try:
         model.load_state_dict(state["model"])
         for schedule, part in zip(schedulers, state["schedulers"], strict=True):
+            own = {key: type(value) for key, value in schedule.state_dict().items()}
+            if own != {key: type(value) for key, value in part.items()}:
+                raise ValueError("the state of a schedule is no such thing")
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(part)
+        if norms:
+            norms.load_state_dict(state["norms"])
         return int(state["step"])
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        words = " ".join(str(error).split())[:300]  # torch lists every key in a line of its own
+        raise UserError(f"{home.checkpoint} does not fit the model and optimizer of this version: {words}") from error
 
 
 def draw(home: Folder, result: dict[str, Any]) -> None:
