@@ -28,6 +28,7 @@ from tests.cases import labelled
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not labelled(path))
+GENERAL = [path for path in RECIPES if not path.stem.startswith("finetune_")]  # those have models of their own
 LLAMA = "model={name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}"
 
 
@@ -56,10 +57,13 @@ def toy(text: Path, *changes: str, optimizer: str = "{name: adamw, lr: 1e-2}", s
 # Every recipe in the folder.
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GENERAL, ids=lambda path: path.stem)
 def test_recipe_runs_three_steps(path: Path, text: Path, tmp_path: Path) -> None:
     data = f"data={{name: text, path: '{text}', sequence: 16, batch: 2}}"
-    recipe = load(path, [LLAMA, data, "schedule.steps=3", "schedule.warmup=1", "eval.batches=2", "sweep=null"])
+    short = [LLAMA, data, "schedule.steps=3", "schedule.warmup=1", "eval.batches=2", "sweep=null"]
+    if "pretrain" in parse(path.read_text(), ""):
+        short += ["pretrain.data={}", "pretrain.schedule.steps=2", "pretrain.schedule.warmup=0"]
+    recipe = load(path, short)
     for label, entry in recipe.entries().items():
         if missing(entry.optimizer.name):
             continue  # its package is in the extra `baselines`
@@ -67,9 +71,10 @@ def test_recipe_runs_three_steps(path: Path, text: Path, tmp_path: Path) -> None
         assert result["steps"] == 3
         assert math.isfinite(result["validation_loss"])
         names = {file.name for file in (tmp_path / label).iterdir()}
-        assert names == {
-            *("recipe.yaml", "versions.json", "metrics.jsonl", "result.json", "checkpoint.pt", "loss.png", "memory.png")
-        }
+        written = {"recipe.yaml", "versions.json", "metrics.jsonl", "result.json", "loss.png", "memory.png"}
+        written |= {"checkpoint.pt"} if entry.checkpoint.every else set()
+        written |= {"delta.safetensors"} if any(part.kind == "sparse_delta" for part in entry.modules) else set()
+        assert names == written
 
 
 def test_the_saved_recipe_is_the_recipe(text: Path, tmp_path: Path) -> None:
@@ -77,6 +82,10 @@ def test_the_saved_recipe_is_the_recipe(text: Path, tmp_path: Path) -> None:
     train(recipe, tmp_path / "run", quiet=True)
     assert load(tmp_path / "run" / "recipe.yaml") == recipe
     assert load(tmp_path / "run" / "recipe.yaml").key == recipe.key
+    said = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "device: auto" in said  # defaults are written out, and what a recipe says is what it leaves to them
+    other = load(tmp_path / "run" / "recipe.yaml", ["clip=0.25"])
+    assert other.key != recipe.key == load(tmp_path / "run" / "recipe.yaml", ["wandb.mode=offline"]).key
 
 
 # Parsing.
@@ -507,6 +516,14 @@ def test_lora_trains_adapters_and_what_is_in_no_layer(text: Path, tmp_path: Path
     for change, said in {"rnk: 2": "did you mean 'rank'", "match: 'no.*'": "finds no layer for LoRA"}.items():
         with pytest.raises(UserError, match=f"modules: .*{said}"):
             build_model(toy(text, f"modules=[{{kind: lora, {change}}}]"), torch.device("cpu"))
+
+
+def test_frozen_factors_are_weights_too(text: Path, tmp_path: Path) -> None:
+    """Of a spectral layer k (m + n) + k elements are counted, trained or not, and what says which vectors are where."""
+    result = train(toy(text, "modules=[{kind: spectral, rank: 2}]"), tmp_path / "run", quiet=True)
+    square, long, other = 2 * 16 * 16 + 16, 16 * (16 + 24) + 16, 2 * 256 * 16 + 3 * 16
+    assert 0 <= result["bytes"]["weights"] - 4 * (4 * square + 3 * long + other) < 1000
+    assert result["parameters"] < 4 * square + 3 * long + other  # those that learn
 
 
 def test_wandb_offline_never_asks(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

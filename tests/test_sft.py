@@ -347,6 +347,16 @@ def test_sft_7_two_ranks_choose_the_same_entries(tmp_path: Path) -> None:
     assert one["grad_micro"] == 2
 
 
+@both
+def test_a_rate_of_zero_keeps_the_random_entries(regrow: str) -> None:
+    model = net()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    opt = SFT(model, lr=1e-2, regrow=regrow, rate=0.0, **SHORT)
+    advance(model, opt, 0, 20)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    assert not any("candidates" in state for state in opt.state.values())
+
+
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 @both
 def test_sft_8_the_first_exchange_replaces_every_entry(policy: str, regrow: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from optimzoo.memory import Workspace
 from optimzoo.modules.delta_file import load_delta, save_delta, trainable_numbers
 from optimzoo.modules.replacement import convert, merge, unmerge
 from optimzoo.modules.sparse_delta import SparseDeltaLinear
+from optimzoo.optimizers.sft import SFT
 
 SHAPES = [(12, 20), (16, 16), (33, 7), (1, 9), (9, 1)]
 
@@ -425,23 +427,31 @@ def test_a_state_dict_brings_its_own_entries() -> None:
     assert torch.equal(clone(x), source(x))
 
 
-@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
-def test_a_quantized_base(package: str) -> None:
-    pytest.importorskip(package)
+def quantized(how: str) -> nn.Linear:
+    """A layer of 64 x 64 bfloat16 weights in the given form."""
+    pytest.importorskip(how.partition(".")[0])
     linear = nn.Linear(64, 64, dtype=torch.bfloat16)
-    if package == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(linear, Int8WeightOnlyConfig())
-    else:
+    if how == "bitsandbytes.4bit":
         import bitsandbytes as bnb
 
-        quantized = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16)
-        quantized.load_state_dict(linear.state_dict())
-        linear = quantized.to("cpu")
+        four = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16)
+        four.load_state_dict(linear.state_dict())
+        return four.to("cpu")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+
+    quantize_(linear, Int8WeightOnlyConfig() if how == "torchao.int8" else IntxWeightOnlyConfig(torch.int4))
+    return linear
+
+
+@pytest.mark.parametrize("how", ["torchao.int8", "torchao.int4", "bitsandbytes.4bit"])
+def test_a_quantized_base(how: str, tmp_path: Path) -> None:
+    model = nn.Sequential(quantized(how))
     x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
-    layer, plain = SparseDeltaLinear.from_linear(linear, density=0.1), linear(x)
-    assert worst(layer(x), plain) < 0.02
+    before = model(x)
+    assert convert(model, SparseDeltaLinear, density=0.1) == ["0"]
+    layer: SparseDeltaLinear = model[0]
+    assert trainable_numbers(model) == (409, 64 * 64 + 64 + 409)
+    assert worst(layer(x), before) < 0.02
     layer.values.data.normal_()
     layer.watch(torch.full((20,), -1, dtype=torch.int32))
     y = layer(x)
@@ -449,9 +459,55 @@ def test_a_quantized_base(package: str) -> None:
     assert layer.values.grad is not None
     dense = torch.ones(5, 64).T @ x.detach().float()
     assert worst(layer.values.grad, dense.flatten()[layer.indices.long()]) < 1e-5
-    assert worst((y - plain).float(), x.float() @ effective_delta(layer).float().T) < 0.05
+    assert worst((y - before).float(), x.float() @ effective_delta(layer).float().T) < 0.05
     with pytest.raises(ValueError, match="save_delta"):
-        layer.to_linear()
+        merge(model)
+    save_delta(model, tmp_path / "delta.safetensors")
+    other = nn.Sequential(layer.base)
+    load_delta(other, tmp_path / "delta.safetensors")
+    assert torch.equal(other(x), y)
+
+
+def test_sft_trains_a_quantized_base() -> None:
+    model = nn.Sequential(quantized("torchao.int8"))
+    convert(model, SparseDeltaLinear, density=0.1)
+    opt = SFT(model, lr=1e-2, reselect_every=4, accumulate=2, total_steps=40)
+    x, losses = torch.randn(32, 64, dtype=torch.bfloat16), []
+    for _ in range(40):
+        opt.zero_grad()
+        loss = (model(x).float() - x.float().roll(1, 1)).square().mean()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_weights_whose_numbers_cannot_be_read_are_refused() -> None:
+    class Locked(torch.Tensor):
+        """As torchao's packed formats: a wrapper that multiplies and gives nothing back."""
+
+        @staticmethod
+        def __new__(cls, inner: Tensor) -> "Locked":
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return [], None
+
+        @staticmethod
+        def __tensor_unflatten__(*_) -> Tensor:
+            raise NotImplementedError
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return args[0]
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight = nn.Parameter(Locked(model[0].weight.data), requires_grad=False)
+    with pytest.raises(ValueError, match="'0' is passed over: its weight is a Locked, whose numbers cannot be read"):
+        convert(model, SparseDeltaLinear, density=0.1)
+    eight = pytest.importorskip("bitsandbytes").nn.Linear8bitLt(8, 8, has_fp16_weights=False)
+    with pytest.raises(ValueError, match="'0' cannot become SparseDeltaLinear: it is a Linear8bitLt"):
+        convert(nn.Sequential(eight), SparseDeltaLinear, "0", density=0.1)
 
 
 def effective_delta(layer: SparseDeltaLinear) -> Tensor:

@@ -72,8 +72,8 @@ def _sound(saved: Any, groups: Any) -> bool:
     for group in groups:
         if not isinstance(group, dict) or not isinstance(group.get("params"), list | tuple):
             return False
-        names = group.get("param_names", [""] * len(group["params"]))
-        if not isinstance(names, list | tuple) or len(names) != len(group["params"]):
+        names = group.get("param_names", [])
+        if not isinstance(names, list | tuple):
             return False
         if not all(isinstance(i, int | str) for i in group["params"]) or not all(isinstance(n, str) for n in names):
             return False
@@ -124,6 +124,8 @@ def _pairs(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[Tenso
     if "param_names" not in ours or "param_names" not in theirs:
         yield from zip(ours["params"], theirs["params"], strict=True)
         return
+    if len(theirs["param_names"]) != len(theirs["params"]):
+        raise ValueError("this optimizer state is damaged: a group has not as many names as parameters")
     numbers = {clean_name(name): i for name, i in zip(theirs["param_names"], theirs["params"], strict=True)}
     for name, p in zip(ours["param_names"], ours["params"], strict=True):
         if clean_name(name) not in numbers:

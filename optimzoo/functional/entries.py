@@ -44,11 +44,11 @@ class Exchanges(NamedTuple):
     def collects(self, update: int) -> bool:
         """Whether update number `update`, from 0, is one of these, and the exchange falls inside the run."""
         start = update - update % self.every
-        return update < start + self.accumulate <= self.total
+        return self.rate > 0 and update < start + self.accumulate <= self.total
 
     def due(self, done: int) -> bool:
         """Whether an exchange follows `done` updates."""
-        return done % self.every == self.accumulate and done <= self.total
+        return self.rate > 0 and done % self.every == self.accumulate and done <= self.total
 
     def share(self, done: int) -> float:
         """The share of the entries that goes then: all of the first, random ones, and ever fewer later."""

@@ -24,9 +24,11 @@ def save_delta(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     for name, layer in layers.items():
         tensors |= {f"{name}.values": layer.values.detach(), f"{name}.indices": layer.indices}
     shapes = {name: f"{layer.out_features}x{layer.in_features}" for name, layer in layers.items()}
+    partial = f"{os.fspath(path)}.partial"  # takes the file's place once it is whole
     _safetensors("safetensors.torch").save_file(
-        {k: t.contiguous() for k, t in tensors.items()}, path, {"format": _FORMAT} | shapes
+        {k: t.contiguous() for k, t in tensors.items()}, partial, {"format": _FORMAT} | shapes
     )
+    os.replace(partial, path)
     return list(layers)
 
 

@@ -82,6 +82,11 @@ def is_quantized(weight: Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None or is_traceable_wrapper_subclass(weight)
 
 
+def is_readable(weight: Tensor) -> bool:
+    """Whether the numbers of a weight can be had: some of torchao's int4 formats only multiply, shards are parts."""
+    return not is_traceable_wrapper_subclass(weight) or type(weight).dequantize is not Tensor.dequantize
+
+
 def _dequantized(weight: Tensor) -> Tensor:
     """A fresh plain tensor of a weight kept by bitsandbytes or torchao; a plain weight's data as it is."""
     if getattr(weight, "quant_state", None) is not None:

@@ -3,7 +3,7 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
@@ -33,6 +33,11 @@ class Replacement(nn.Module, ABC):
         """Give the plain layer that computes the same function, in the dtype of the layer that was converted."""
 
     @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Why the layer cannot take this module's place, None when it can."""
+        return plain(module)
+
+    @classmethod
     def resolve(cls, **options: Any) -> dict[str, Any]:
         """Give every option a checked value: unknown names raise TypeError, values out of bounds ValueError."""
         for name in options:
@@ -55,6 +60,13 @@ class Replacement(nn.Module, ABC):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def plain(module: nn.Module) -> str | None:
+    """Why a module is no `nn.Linear` with a weight of plain numbers, None when it is one."""
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, and only a plain nn.Linear can be replaced"
+    return None
+
+
 def convert(
     model: nn.Module,
     kind: type[Replacement],
@@ -68,8 +80,8 @@ def convert(
 
     `match` and `exclude` are shell patterns on module names (`"*.mlp.*"`). A pattern with a wildcard passes over output
     heads, layers that share their weight with another module, layers already replaced and subclasses of `nn.Linear`
-    (whose owner may read the weight without calling them); naming one of these in full is an error, except for a head
-    that shares nothing, which is then converted.
+    (whose owner may read the weight without calling them; quantized ones are known to some kinds); naming one of these
+    in full is an error, except for a head that shares nothing, which is then converted.
 
     With a `batch`, on which the model is run once (`model(**batch)`, `model(*batch)` or `model(batch)`), kinds that are
     about activations warn by name of layers where they can save nothing, and of what keeps the input there.
@@ -79,7 +91,7 @@ def convert(
     """
     if isinstance(model, nn.Linear | Replacement):
         raise ValueError("convert replaces layers inside a model, and this is a single layer: pass its parent module")
-    layers = select(model, kind.__name__, match, exclude)
+    layers = select(model, kind.__name__, match, exclude, kind.refuses)
     for name, layer in layers.items():
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(f"{name!r} has hooks that convert would drop: remove them first, and add them again after")
@@ -149,12 +161,16 @@ def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def select(
-    model: nn.Module, kind: str, match: str | Sequence[str], exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    kind: str,
+    match: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    refuses: Callable[[nn.Module], str | None] = plain,
 ) -> dict[str, nn.Linear]:
     """The layers by name that `convert` with these patterns replaces; `kind` is what errors call the replacement."""
     match, exclude = _patterns(match), _patterns(exclude)
     modules = dict(_walk(model))
-    refusals = _refusals(model, modules)
+    refusals = _refusals(model, modules, refuses)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     chosen: dict[str, nn.Linear] = {}
@@ -186,16 +202,18 @@ def _advice(modules: Mapping[str, nn.Module], refusals: Mapping[str, str], match
     return f"layers are named like {', '.join(near or names[:3])}" if names else "the model has no layer to convert"
 
 
-def _refusals(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Why each module that is not a free-standing `nn.Linear` stays as it is."""
+def _refusals(
+    model: nn.Module, modules: Mapping[str, nn.Module], refuses: Callable[[nn.Module], str | None]
+) -> dict[str, str]:
+    """Why each module that is not a free-standing `nn.Linear`, or another one that `refuses` lets pass, stays."""
     parameters = [p for module in (model, *modules.values()) for p in module._parameters.values() if p is not None]
     owners = Counter(map(id, parameters))
     reasons: dict[str, str] = {}
     for name, module in modules.items():
         if isinstance(module, Replacement):
             reasons[name] = f"it is a {type(module).__name__} already; merge(model) first"
-        elif type(module) is not nn.Linear:
-            reasons[name] = f"it is a {type(module).__name__}, and only a plain nn.Linear can be replaced"
+        elif reason := refuses(module):
+            reasons[name] = reason
         elif owners[id(module.weight)] > 1:
             reasons[name] = "its weight is shared with another module, which would keep the old one; untie them first"
     return reasons

@@ -21,7 +21,7 @@ from optimzoo.functional.sparse import (
     random_entries,
     support,
 )
-from optimzoo.modules.delta_product import SparseDeltaProduct, delta_in_place, is_quantized
+from optimzoo.modules.delta_product import SparseDeltaProduct, delta_in_place, is_quantized, is_readable
 from optimzoo.modules.replacement import Replacement
 
 _BUDGETS = ("density", "entries", "lora_rank")
@@ -63,6 +63,17 @@ class SparseDeltaLinear(Replacement):
         self.reselections: Tensor
         self._support: tuple[Tensor, int, Support] | None = None
         self._watch: Watch | None = None
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Why the layer cannot take this module's place: quantized weights can, if their numbers can be read."""
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and hasattr(weight, "quant_state"):
+            return None  # the 4-bit layer of bitsandbytes
+        reason = super().refuses(module)
+        if reason is None and not is_readable(weight):
+            return f"its weight is a {type(weight).__name__}, whose numbers cannot be read; quantize it in another way"
+        return reason
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:

@@ -1,9 +1,6 @@
 """Several runs on one page. Finished runs are not repeated, interrupted ones go on from their checkpoint."""
 
-import hashlib
-import json
 import multiprocessing
-import re
 import signal
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -14,15 +11,15 @@ from typing import Any
 from optimzoo.training import page, report
 from optimzoo.training.claims import judge
 from optimzoo.training.errors import UserError
-from optimzoo.training.folder import Folder, versions, write_json, write_text
+from optimzoo.training.folder import Folder, write_json, write_text
 from optimzoo.training.optimizers import missing
+from optimzoo.training.places import place
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
 from optimzoo.training.surroundings import log_table
 from optimzoo.training.sweep import Search, search, summary
-from optimzoo.training.tasks import task_of
-from optimzoo.training.trainer import train
+from optimzoo.training.trainer import prepare, train
 
 Result = dict[str, Any]
 
@@ -44,10 +41,11 @@ def compare(
     absent = {label: why for label, entry in entries.items() if (why := missing(entry.optimizer.name))}
     if len(absent) == len(entries):
         raise UserError("; ".join(absent.values()))
+    entries = {label: entry for label, entry in entries.items() if label not in absent}
+    for entry in entries.values():
+        prepare(entry, out, quiet)  # once, and before several processes ask for the same
     searches = {
-        label: search(entry, entry.sweep or recipe.sweep, entry.seeds or seeds)
-        for label, entry in entries.items()
-        if label not in absent
+        label: search(entry, entry.sweep or recipe.sweep, entry.seeds or seeds) for label, entry in entries.items()
     }
     with _executor(jobs) as executor, Watch(quiet or jobs == 1) as watch:
         found = _drive(searches, out, executor, watch, quiet or jobs > 1)
@@ -84,27 +82,6 @@ def _pairs(found: dict[str, Any]) -> Sequence[tuple[Recipe, Result]]:
 
 def _label(method: Result) -> str:
     return f"{method['label']} (lr {method['optimizer']['lr']:g})"
-
-
-def place(out: Path, label: str, run: Recipe) -> Path:
-    """The folder of one run: readable, and different when anything that decides the result is."""
-    facts = [
-        run.key,
-        _corpus_hash(json.dumps(run.run()["data"]), run),
-        *(versions()[name] for name in ("torch", "optimzoo")),
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-    words = re.sub(r"[^a-z0-9.]+", "-", f"{label} lr {run.optimizer.lr:g} seed {run.seed}".lower())
-    return out / f"{words.strip('-')}-{digest}"
-
-
-_CORPORA: dict[str, str] = {}
-
-
-def _corpus_hash(data: str, run: Recipe) -> str:
-    if data not in _CORPORA:
-        _CORPORA[data] = task_of(run).data(run).facts["sha256"]
-    return _CORPORA[data]
 
 
 class _Here(Executor):

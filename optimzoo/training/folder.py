@@ -66,6 +66,7 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.recipe = path / "recipe.yaml"
+        self.delta = path / "delta.safetensors"
         self.pictures = (path / "loss.png", path / "memory.png")
 
     def open(self, recipe: Recipe, resume: bool) -> None:
@@ -84,7 +85,7 @@ class Folder:
     def _same(self, recipe: Recipe) -> None:
         try:
             text = self.recipe.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.recipe} is damaged: {error}; choose another --out") from error
         other = validate(parse(text, str(self.recipe)), str(self.recipe))
         if other.key != recipe.key:

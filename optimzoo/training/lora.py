@@ -32,6 +32,10 @@ def inject(model: nn.Module, match: str | tuple[str, ...], options: dict[str, An
         target_modules=names,
     )
     peft.inject_adapter_in_model(config, model)  # freezes everything but the adapters
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p.dtype.itemsize < 4:  # small steps are lost in bfloat16: get_peft_model widens, too
+                setattr(module, name, nn.Parameter(p.detach().float()))
     for p in learning:
         p.requires_grad_(True)
     return names

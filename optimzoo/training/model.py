@@ -1,5 +1,7 @@
-"""Transformers models with random weights, converted as the recipe says."""
+"""Transformers models, with random weights or with trained ones, frozen and converted as the recipe says."""
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,41 @@ from optimzoo.memory.fakes import checkpoint_blocks
 from optimzoo.training.errors import UserError
 from optimzoo.training.lora import inject
 from optimzoo.training.recipe import Recipe
-from optimzoo.training.sections import Conversion, Labelled, Llama
+from optimzoo.training.sections import Conversion, Labelled, Llama, Pretrained
 
 HEADS = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
 
 
-def build_model(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The recipe's model on `device`. Its weights depend on the seed alone; the caller's random state stays."""
+def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The recipe's model on `device`, with `weights` if given. Random ones depend on the seed alone.
+
+    The caller's random state stays.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = _from_config(recipe)
+        model = _trained(recipe, recipe.model) if isinstance(recipe.model, Pretrained) else _from_config(recipe)
         model.to(device=device, dtype=getattr(torch, recipe.model.dtype))
-        for conversion in recipe.modules:
-            convert(model, conversion)
+        if weights is not None:
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise UserError(f"pretrain: its weights do not fit this model: {error}") from error
+        _adapted(model, recipe)
     if recipe.checkpointing:
         try:
             checkpoint_blocks(model)
         except ValueError as error:
             raise UserError(f"checkpointing: {error}") from error
+    return model
+
+
+def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Freeze, then convert: what `modules` puts in is trained."""
+    freeze(model, (recipe.freeze,) if isinstance(recipe.freeze, str) else recipe.freeze)
+    for conversion in recipe.modules:
+        convert(model, conversion)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("freeze: nothing is left to train; freeze less, or add an adapter to modules")
     return model
 
 
@@ -52,9 +71,26 @@ def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
         model = _from_config(recipe)
     finally:
         torch.set_default_dtype(before)
-    for conversion in recipe.modules if converted else ():
-        convert(model, conversion)
-    return model
+    return _adapted(model, recipe) if converted else model
+
+
+def _trained(recipe: Recipe, spec: Pretrained) -> nn.Module:
+    """The model with its weights, in the recipe's dtype from the start; a head that it lacks has random ones."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(spec.id, revision=spec.revision or "main")
+        model = getattr(transformers, f"AutoModelFor{recipe.data.head}").from_pretrained(
+            spec.id,
+            revision=spec.revision or "main",
+            config=fitted(config, recipe),
+            dtype=getattr(torch, spec.dtype),
+        )
+    except (OSError, ValueError, ImportError) as error:  # no such name, no network, another kind of model, no library
+        raise UserError(f"model.id: cannot load {spec.id!r}: {' '.join(str(error).split())}") from error
+    model.config.use_cache = False
+    trained: nn.Module = model.train()
+    return trained
 
 
 def _from_config(recipe: Recipe) -> nn.Module:
@@ -78,7 +114,9 @@ def _from_config(recipe: Recipe) -> nn.Module:
         )
         return build(fitted(config, recipe), attn_implementation="sdpa")
     try:
-        if isinstance(spec.config, Path):
+        if isinstance(spec, Pretrained):
+            config = AutoConfig.from_pretrained(spec.id, revision=spec.revision or "main")
+        elif isinstance(spec.config, Path):
             config = AutoConfig.from_pretrained(spec.config, local_files_only=True)
         else:
             config = AutoConfig.for_model(**spec.config)
@@ -87,8 +125,8 @@ def _from_config(recipe: Recipe) -> nn.Module:
         return build(fitted(config, recipe))
     except Exception as error:  # every architecture checks its own fields, with errors of its own
         text = " ".join(str(error).split("\n")[:2])
-        wanted = HEADS[recipe.data.head]
-        raise UserError(f"model.config: {spec.config} is no {wanted}'s configuration: {text}") from error
+        place = f"id: {spec.id}" if isinstance(spec, Pretrained) else f"config: {spec.config}"
+        raise UserError(f"model.{place} is no {HEADS[recipe.data.head]}'s configuration: {text}") from error
 
 
 def fitted(config: Any, recipe: Recipe) -> Any:
@@ -114,6 +152,17 @@ def check_room(model: nn.Module, sequence: int, vocab: int) -> None:
         )
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Make every parameter whose name matches one of the patterns constant."""
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [p for name, p in named.items() if fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(f"freeze: no parameter is called {pattern!r}; they have names like {list(named)[-1]!r}")
+        for p in found:
+            p.requires_grad_(False)
+
+
 def convert(model: nn.Module, conversion: Conversion) -> list[str]:
     """Replace the layers that one entry of the recipe's `modules` names; the names of those layers."""
     known, options = modules.kinds(), conversion.model_extra or {}
@@ -128,6 +177,11 @@ def convert(model: nn.Module, conversion: Conversion) -> list[str]:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of (batch, sequence + 1) tokens: each position predicts the next."""
-    logits = model(input_ids=tokens[:, :-1]).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    """Mean cross-entropy of (batch, sequence + 1) tokens: each position predicts the next, if that is one to learn.
+
+    Tokens of prompts, which are read but not learned, come as their complement: negative.
+    """
+    seen = tokens[:, :-1]
+    logits = model(input_ids=torch.where(seen < 0, ~seen, seen)).logits
+    targets = tokens[:, 1:].clamp(min=-1)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)

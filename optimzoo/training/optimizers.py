@@ -27,12 +27,18 @@ def missing(name: str) -> str | None:
 
 
 def build_optimizers(
-    model: nn.Module, name: str, lr: float, fallback_lr: float | None, options: Mapping[str, Any]
+    model: nn.Module,
+    name: str,
+    lr: float,
+    fallback_lr: float | None,
+    options: Mapping[str, Any],
+    steps: int | None = None,
 ) -> list[Optimizer]:
     """The optimizers that together update every trainable parameter once.
 
     `fallback_lr` is the AdamW learning rate of embeddings, head and vectors, so that methods can be compared with the
-    same one; None leaves the method's own rule (`fallback_lr_scale`, 1 for the baselines).
+    same one; None leaves the method's own rule (`fallback_lr_scale`, 1 for the baselines). An optimizer that must know
+    the length of the run is told `steps`, unless its options say something else.
     """
     if lacking := missing(name):
         raise UserError(lacking)
@@ -40,6 +46,8 @@ def build_optimizers(
         if name in BASELINES:
             return BASELINES[name].build(model, lr, fallback_lr, dict(options))
         kind = registry.optimizers()[name]
+        if steps and "total_steps" in kind.options:
+            options = {"total_steps": steps, **options}
         if fallback_lr is None:
             return [kind(model, lr=lr, **options)]
         if "fallback_lr_scale" in kind.options:

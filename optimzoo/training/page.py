@@ -28,8 +28,8 @@ def lines(methods: Sequence[Method]) -> list[list[str]]:
             "validation loss": "diverged" if loss is None else f"{loss:.3f}",
             "spread": f"{method['spread']:.3f}" if len(method["losses"]) > 1 and loss is not None else "-",
             "accuracy": accuracy,
+            "weights": size(held["weights"]),
             "optimizer state": size(held["state"]),
-            "of the weights": f"{held['state'] / held['weights']:.2f}",
             "workspace": "-" if held["workspace"] is None else size(held["workspace"]),
             "step": duration(method["step_s"]),
         }

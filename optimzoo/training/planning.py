@@ -92,7 +92,7 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
 
 def _optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
     spec = recipe.optimizer
-    return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+    return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, recipe.schedule.steps)
 
 
 def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,9 @@ from optimzoo.training.sections import (
     Llama,
     Memory,
     OptimizerSpec,
+    Patterns,
+    Preparation,
+    Pretrained,
     PythonPackages,
     PythonSource,
     Schedule,
@@ -42,9 +45,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 class Recipe(Section):
     """One run, or with `compare` several that differ in some sections."""
 
-    model: Annotated[Llama | Transformers, Field(discriminator="name")]
+    model: Annotated[Llama | Transformers | Pretrained, Field(discriminator="name")]
     data: Annotated[PythonSource | Text | HuggingFace | PythonPackages | Glue, Field(discriminator="name")]
+    pretrain: Preparation | None = None
     optimizer: OptimizerSpec
+    freeze: Patterns = ()  # names of parameters; what `modules` then puts in is trained
     modules: tuple[Conversion, ...] = ()
     schedule: Schedule
     clip: float = Field(default=1.0, ge=0)  # 0: never
@@ -104,9 +109,24 @@ class Recipe(Section):
 
     @property
     def key(self) -> str:
-        """A hash of everything that the weights depend on."""
-        decides = {name: part for name, part in self.run().items() if name not in _UNSEEN}
+        """A hash of everything that the weights depend on; what has its default counts as not said.
+
+        So a key that recipes learn later leaves the results of older ones where they are.
+        """
+        beside = {*_UNSEEN, "compare", "sweep", "seeds", "claims"}
+        decides = self.model_dump(mode="json", exclude=beside, exclude_defaults=True)
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+    def preparation(self) -> "Recipe | None":
+        """The run whose weights this one starts from."""
+        if self.pretrain is None:
+            return None
+        values = (
+            self.run() | self.pretrain.model_dump(mode="json") | {"pretrain": None, "release": False, "norms": "none"}
+        )
+        values["data"] = merged(self.run()["data"], self.pretrain.data)
+        values["checkpoint"]["every"] = self.checkpoint.every or self.pretrain.schedule.steps  # the last one is needed
+        return validate(values, "pretrain")
 
     def replace(self, changes: Mapping[str, Any]) -> "Recipe":
         """The single run that differs in the given dotted keys."""
@@ -123,12 +143,17 @@ class Recipe(Section):
         for entry in self.compare:
             values = self.run()
             for section, part in (entry.model_extra or {}).items():
-                merge = isinstance(part, Mapping) and "name" not in part and isinstance(values.get(section), Mapping)
-                values[section] = {**values[section], **part} if merge else part
+                values[section] = merged(values.get(section), part)
             runs[entry.label] = validate(values, f"compare entry {entry.label!r}")
         if len(runs) != len(self.compare):
             raise UserError("compare: two entries have the same label; give each its own")
         return runs
+
+
+def merged(section: Any, part: Any) -> Any:
+    """A section with a part of another one; a `name` in the part means that it stands for itself."""
+    merge = isinstance(part, Mapping) and "name" not in part and isinstance(section, Mapping)
+    return {**section, **part} if merge else part
 
 
 def validate(values: Any, source: str) -> Recipe:
@@ -158,5 +183,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"--set {override}: write it as key.sub=value, such as optimizer.lr=1e-3")
         put(values, key.strip(), parse(value, f"--set {override}"))
     recipe = validate(values, path.name)
-    recipe.entries()
+    for entry in recipe.entries().values():
+        entry.preparation()
     return recipe

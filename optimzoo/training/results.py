@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from optimzoo.core import ZooOptimizer
 from optimzoo.memory import Ledger, ledger
+from optimzoo.modules.delta_file import trainable_numbers
 from optimzoo.training.folder import versions
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.tasks import Data
@@ -43,7 +44,9 @@ def summarise(
     activations: int,
 ) -> dict[str, Any]:
     """The result of a run, as plain data."""
-    weights = list(model.parameters())
+    # What a checkpoint of the model holds: frozen factors are buffers, and as much a part of the weights.
+    weights = list({id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    numbers = trainable_numbers(model)
     by_kind: dict[str, int] = {}
     for optimizer in optimizers:
         for kind, nbytes in held(optimizer).by("kind").items():
@@ -59,7 +62,8 @@ def summarise(
         "seed": recipe.seed,
         "steps": len(rows),
         "tokens": len(rows) * tokens,
-        "parameters": sum(p.numel() for p in weights),
+        "parameters": numbers.total,
+        "trainable": numbers.trainable,
         "diverged": rows[-1]["validation_loss"] is None,
         "validation_loss": rows[-1]["validation_loss"],
         "best_validation_loss": min(held_out, default=None),

@@ -57,6 +57,18 @@ class Transformers(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class Pretrained(Section):
+    """A causal language model with its trained weights: `id` is a name on the Hugging Face Hub, or a folder."""
+
+    name: Literal["pretrained"]
+    id: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+Patterns = str | tuple[str, ...]  # of a shell; one of them must match
+
+
 class Batches(Section):
     head: ClassVar[str] = "CausalLM"  # as transformers calls the models that read these data
     sequence: int = Field(default=128, gt=0)
@@ -64,13 +76,20 @@ class Batches(Section):
     accumulate: int = Field(default=1, gt=0)
 
 
-class PythonSource(Batches):
+class Documents(Batches):
+    """Files below a folder: those whose path there matches `include`, if that is said, and not `exclude`."""
+
+    include: Patterns = ()
+    exclude: Patterns = ()
+
+
+class PythonSource(Documents):
     """The embedded corpus: the sources of Python's standard library, as bytes."""
 
     name: Literal["python-source"]
 
 
-class Text(Batches):
+class Text(Documents):
     """One file, or every file below a folder, as bytes."""
 
     name: Literal["text"]
@@ -78,7 +97,11 @@ class Text(Batches):
 
 
 class HuggingFace(Batches):
-    """A data set by name, tokenised: as many documents as `tokens` needs, in their order."""
+    """A data set by name, tokenised: as many documents as `tokens` needs, in their order.
+
+    With `response` a row is an exchange: `prompt` and `response` are texts with the row's columns in braces, sequences
+    start where exchanges do, and the loss counts the tokens of responses alone.
+    """
 
     name: Literal["huggingface"]
     dataset: str
@@ -86,6 +109,8 @@ class HuggingFace(Batches):
     split: str = "train"
     data_files: str | None = None
     text_column: str = "text"
+    prompt: str = ""
+    response: str | None = None
     tokenizer: str
     tokens: int = Field(default=10_000_000, gt=0)
     streaming: bool = False
@@ -147,7 +172,7 @@ class Conversion(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: str
-    match: str | tuple[str, ...] = "*"
+    match: Patterns = "*"
 
 
 class Schedule(Section):
@@ -155,6 +180,18 @@ class Schedule(Section):
     warmup: int = Field(default=0, ge=0)
     steps: int = Field(gt=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
+
+
+class Preparation(Section):
+    """A run before this one, whose weights this one starts from: the recipe's own but for what is said here."""
+
+    data: dict[str, Any] = {}  # the keys that differ
+    optimizer: OptimizerSpec
+    modules: tuple[Conversion, ...] = ()
+    freeze: Patterns = ()
+    schedule: Schedule
+    clip: float = Field(default=1.0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)  # one preparation for all seeds
 
 
 class Memory(Section):

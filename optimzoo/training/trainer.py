@@ -15,12 +15,15 @@ from optimzoo.core import release_gradients
 from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
 from optimzoo.modules import NormCache
+from optimzoo.modules.delta_file import save_delta
+from optimzoo.modules.sparse_delta import SparseDeltaLinear
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
 from optimzoo.training.model import build_model, check_room, norm_cache
 from optimzoo.training.optimizers import build_optimizers
+from optimzoo.training.places import place
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.results import code, finite, state_bytes, summarise
 from optimzoo.training.schedule import scheduler
@@ -32,7 +35,8 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
     """Run a recipe into `folder` and return its result; with `resume`, go on where the last checkpoint was written.
 
     Every update depends on (seed, step) and on what the checkpoint holds, so that a run which was killed at any moment
-    and resumed ends with the weights, bit for bit, of one that was not.
+    and resumed ends with the weights, bit for bit, of one that was not. What a recipe's `pretrain` asks for runs first,
+    in a folder of its own beside this one, unless it is there.
     """
     home = Folder(Path(folder))
     if resume and (result := home.finished(recipe)):
@@ -40,20 +44,38 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
             draw(home, result)
         return result
     home.open(recipe, resume)
+    start = None if home.checkpoint.exists() else prepare(recipe, home.path.parent, quiet)
     with surroundings(recipe) as device:
-        result = _run(recipe, home, device, quiet)
+        result = _run(recipe, home, device, quiet, start)
     draw(home, result)
     return result
 
 
-def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dict[str, Any]:
+def prepare(recipe: Recipe, out: Path, quiet: bool = False) -> dict[str, Tensor] | None:
+    """The weights with which a run below `out` starts, None for the model's own: see `pretrain` in a recipe."""
+    before = recipe.preparation()
+    if before is None:
+        return None
+    home = Folder(place(out, "pretrain", before))
+    if train(before, home.path, resume=True, quiet=quiet)["diverged"]:
+        raise UserError(f"pretrain: the run in {home.path} diverged; lower pretrain.optimizer.lr")
+    state = home.load(before, torch.device("cpu"))
+    if state is None:
+        raise UserError(f"pretrain: {home.checkpoint} is gone; delete that folder to run it again")
+    weights: dict[str, Tensor] = state["model"]
+    return weights
+
+
+def _run(
+    recipe: Recipe, home: Folder, device: torch.device, quiet: bool, start: dict[str, Tensor] | None
+) -> dict[str, Any]:
     data, spec, steps = recipe.data, recipe.optimizer, recipe.schedule.steps
     code()  # before anybody changes the sources that this process has loaded
     task = task_of(recipe)
     corpus = task.data(recipe)
-    model = build_model(recipe, device)
+    model = build_model(recipe, device, start)
     check_room(model, data.sequence, corpus.vocab)
-    optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options)
+    optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, steps)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
     norms = norm_cache(recipe, model, corpus.facts.get("train_examples", 0))
     first = restore(recipe, home, device, model, optimizers, schedulers, norms)
@@ -112,6 +134,8 @@ def _run(recipe: Recipe, home: Folder, device: torch.device, quiet: bool) -> dic
         with autocast(recipe, device):
             activations = saved(model, batch, task.loss).total
         result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
+    if any(isinstance(module, SparseDeltaLinear) for module in model.modules()):
+        save_delta(model, home.delta)
     write_json(home.result, result)
     return result
 
