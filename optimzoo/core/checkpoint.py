@@ -153,7 +153,8 @@ def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -
                 f"{key!r} of {member.name!r} is {tuple(value.shape)} in the checkpoint and {shapes[key]} here: "
                 "the model or an option differs"
             )
-        whole = key in every and not every[key].dtype.is_floating_point and every[key].kind not in COARSE_KINDS
+        kept = every[key].dtype if key in every and every[key].kind not in COARSE_KINDS else None
+        whole = kept is not None and not kept.is_floating_point
         if whole and value.is_floating_point():
             raise ValueError(f"{key!r} of {member.name!r} is {value.dtype} in the checkpoint, and whole numbers here")
         if value.dtype in (torch.int8, torch.uint8) and every[key].kind in COARSE_KINDS and key + SCALE not in saved:
