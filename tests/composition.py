@@ -5,6 +5,7 @@ A cell says "yes" where a check passed, and refers to our own words where they r
 
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -218,17 +219,12 @@ def int8(row: Row) -> str | None:
     with mock.patch.object(storage, "SMALL", 32):
         model = tiny()
         opt, start = row.start(model, state_dtype="int8"), loss_of(model).item()
-        wide = set()
-        for _, member in opt.begin().values():
-            for slot in specs(member).values():
-                if slot.kind in COARSE_KINDS and slot.dtype.itemsize > 1 and torch.Size(slot.shape).numel() >= 32:
-                    wide.add("singular values" if "singular" in member.route.reason else member.route.reason)
-        coarse = any(slot.kind in COARSE_KINDS for _, m in opt.begin().values() for slot in specs(m).values())
+        averages = [s for _, m in opt.begin().values() for s in specs(m).values() if s.kind in COARSE_KINDS]
         go(model, opt, range(30), lambda s: loss_of(model, s))
         learns(model, start)
-    if not coarse:
+    if not averages:
         return "no effect: it keeps no averages, and accumulators stay float32"
-    if wide:
+    if any(slot.moves for slot in averages):
         return "in part: averages that change places stay float32, those of AdamW beside them take a byte"
     return None
 
@@ -331,21 +327,29 @@ def on_ranks() -> dict[str, dict[str, str]]:
 # The table.
 
 
-def table() -> str:
-    """All cells as Markdown, refusals as numbered notes below."""
-    ranks, notes = on_ranks(), list[str]()
+def found() -> dict[str, dict[str, str]]:
+    """Row -> column -> what its check found."""
+    ranks = on_ranks()
+    return {
+        row.name: {name: ranks[row.name][name] if name in RANKS else cell(CHECKS[name], row) for name in COLUMNS}
+        for row in rows()
+    }
+
+
+def table(cells: dict[str, dict[str, str]]) -> str:
+    """The cells as Markdown, reasons as numbered notes below."""
+    notes: list[str] = []
     lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for row in rows():
-        cells = []
-        for column in COLUMNS:
-            words = ranks[row.name][column] if column in RANKS else cell(CHECKS[column], row)
+    for name, row in cells.items():
+        shown = []
+        for words in row.values():
+            words = re.sub(r"^\w+: parameter '[^']+'", "a parameter", words)
             if words != YES:
                 notes += [words] if words not in notes else []
-                words = (
-                    f"{'part' if words.startswith(('in part', 'no effect')) else 'refused'} [{notes.index(words) + 1}]"
-                )
-            cells.append(words)
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+                kind = "in part" if words.startswith("in part") else "no effect" if "no effect" in words else "refused"
+                words = f"{kind} [{notes.index(words) + 1}]"
+            shown.append(words)
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", *(f"{i}. {words}" for i, words in enumerate(notes, 1))]) + "\n"
 
 
@@ -357,7 +361,7 @@ def written() -> str:
 
 def main() -> None:
     """Put the table that the checks make into the README."""
-    README.write_text(README.read_text().replace(written(), table()))
+    README.write_text(README.read_text().replace(BEGIN + written(), BEGIN + table(found())))
 
 
 if __name__ == "__main__":

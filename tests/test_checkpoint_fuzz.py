@@ -163,14 +163,15 @@ def damage(value: Any, chance: random.Random) -> Any:
 
 
 def corrupt(cls: str, seeds: range) -> None:
-    with small_blocks():
+    def fresh() -> tuple[nn.Module, ZooOptimizer]:
         model = tiny()
         opt = build(ALL[cls], model, state_dtype="int8")
         steps(model, opt, 0, 3)
-        good = opt.state_dict()
-        good = {"state": {i: {k: t.clone() for k, t in s.items()} for i, s in good["state"].items()}} | {
-            "param_groups": copy.deepcopy(good["param_groups"])
-        }
+        return model, opt
+
+    with small_blocks():
+        model, opt = fresh()
+        good = copy.deepcopy(opt.state_dict())
         refused = 0
         for seed in seeds:
             bad = damage(good, random.Random(seed))
@@ -184,8 +185,8 @@ def corrupt(cls: str, seeds: range) -> None:
                 for i, slots in good["state"].items():
                     assert all(torch.equal(after["state"][i][k], t) for k, t in slots.items()), f"seed {seed}"
             else:
-                steps(model, opt, 0, 1)
-                opt.load_state_dict(good)
+                steps(model, opt, 3, 4)
+                model, opt = fresh()
         assert refused > len(seeds) // 3
 
 

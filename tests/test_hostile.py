@@ -70,7 +70,12 @@ def play(scene: Scene) -> None:
         for step in range(len(scene.gradients)):
             if step == scene.stop:
                 twin = resumed(scene, model, opt)
-            one_step(scene, model, opt, step)
+            try:
+                one_step(scene, model, opt, step)
+            except RuntimeError as error:
+                if not (scene.poisoned and ours(error, scene)):
+                    raise
+                return
             if twin is not None:
                 scene.give(*twin, step)
                 twin[1].step()

@@ -85,7 +85,7 @@ class Folder:
     def _same(self, recipe: Recipe) -> None:
         try:
             text = self.recipe.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.recipe} is damaged: {error}; choose another --out") from error
         other = validate(parse(text, str(self.recipe)), str(self.recipe))
         if other.key != recipe.key:
