@@ -1,6 +1,6 @@
 """optimzoo: memory-efficient optimizers for PyTorch that account for every byte they hold."""
 
-from optimzoo.core import AdamW, param_groups, release_gradients
+from optimzoo.core import AdamW, load_dcp, param_groups, release_gradients
 from optimzoo.memory import Ledger, Plan, StepMemory, ledger, log_memory, track
 from optimzoo.modules import convert, merge, unmerge
 from optimzoo.modules.delta_file import load_delta, save_delta, trainable_numbers
@@ -38,6 +38,7 @@ __all__ = [
     "convert",
     "fit",
     "ledger",
+    "load_dcp",
     "load_delta",
     "log_memory",
     "merge",

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -117,6 +118,8 @@ def run(
     place = folder or Path("runs") / recipe.stem
     with _one_sentence(training.UserError):
         result = training.train(training.load(recipe, changes or ()), place, resume=resume, quiet=as_json)
+    if os.environ.get("RANK", "0") != "0":
+        return  # torchrun's other processes
     if as_json:
         print(json.dumps(result))
         return

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from optimzoo.memory import KINDS, Entry, History, Ledger, StepMemory, Workspace, ledger, plain_tensors, track
@@ -48,10 +50,10 @@ def reachable(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) 
     todo: list[object] = [vars(optimizer)]
     while todo:
         x = todo.pop()
-        if id(x) in seen or id(x) in weights or isinstance(x, type | types.ModuleType | nn.Module):
+        if id(x) in seen or id(x) in weights or isinstance(x, type | types.ModuleType | nn.Module | DeviceMesh):
             continue
         seen.add(id(x))
-        if isinstance(x, Tensor):
+        if isinstance(x, Tensor) and not isinstance(x, DTensor):  # which holds nothing but its local tensor
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         todo += referents(x)
     return found

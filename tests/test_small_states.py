@@ -113,7 +113,7 @@ def test_an_average_does_not_stand_still(monkeypatch):
     ends = {}
     for draw in ("by chance", "to nearest"):
         if draw == "to nearest":
-            monkeypatch.setattr(quantize, "hash16", lambda n, seed, device: torch.full((n,), 2**15))
+            monkeypatch.setattr(quantize, "hash16", lambda n, seed, device, first: torch.full((n,), 2**15))
         state = dict(zip(("v", "v_scale"), coded(torch.ones_like(target), torch.uint8), strict=True))
         for step in range(1500):
             opened = storage.open_slot(state, "v", torch.float32).lerp_(target, 2e-3)
@@ -383,8 +383,10 @@ def test_two_numbers_from_one_hash_are_as_good_as_one_each():
     assert drawn.min() >= 0
     assert drawn.max() < 2**16
     assert abs(drawn.mean() / 2**16 - 0.5) < 4 * (1 / 12) ** 0.5 / 100_001**0.5
-    halves = torch.stack([drawn[:50_000], drawn[50_001:]])
+    halves = torch.stack([drawn[:100_000:2], drawn[1::2]])
     assert abs(torch.corrcoef(halves)[0, 1]) < 0.02
+    for first, n in ((0, 7), (3, 10), (4, 9), (99_991, 10)):
+        assert torch.equal(hash16(n, 7, first=first), drawn[first : first + n].long())
     assert not torch.equal(hash16(1000, 8), hash16(1000, 7))
 
 

@@ -56,6 +56,7 @@ def run(wanted: Wanted, quiet: bool) -> dict[str, Any]:
 def show(result: dict[str, Any], out: Console) -> None:
     """Tables, the machine, and whether the figures count."""
     found = result["measured"]
+    out.width = max(out.width, 140)  # a table in a file has all its columns
     for one in found:
         out.print(report.table(one) if "weights" in one else report.training_table(one))
     if len(found) > 1 and "weights" in found[0]:

@@ -2,10 +2,21 @@
 
 from optimzoo.core.adamw import AdamW
 from optimzoo.core.hyper import hyper
+from optimzoo.core.load_dcp import load_dcp
 from optimzoo.core.matrix import MatrixOptimizer
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.release import release_gradients
 from optimzoo.core.routing import Route, param_groups
 from optimzoo.core.slots import Slot
 
-__all__ = ["AdamW", "MatrixOptimizer", "Route", "Slot", "ZooOptimizer", "hyper", "param_groups", "release_gradients"]
+__all__ = [
+    "AdamW",
+    "MatrixOptimizer",
+    "Route",
+    "Slot",
+    "ZooOptimizer",
+    "hyper",
+    "load_dcp",
+    "param_groups",
+    "release_gradients",
+]

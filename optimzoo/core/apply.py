@@ -30,14 +30,15 @@ def apply_update(
     *,
     error: Tensor | None = None,
     seed: int | None = None,
+    first: int = 0,
     lost: Tensor | None = None,
 ) -> None:
     """Decay and step in place; `u` is used up.
 
     `ok` is a 0-dim boolean on the device, or None when the host knows that the gradient was finite. `after` decays the
     stepped weight instead: w <- (1 - lr * weight_decay) (w - lr u). The rest is about narrow weights: `error` is added
-    before and holds afterwards what rounding left out, `seed` asks for rounding by chance, and `lost` (2,) is increased
-    by the elements that did not change and by those that should have.
+    before and holds afterwards what rounding left out, `seed` asks for rounding by chance, for positions from `first`
+    on, and `lost` (2,) is increased by the elements that did not change and by those that should have.
     """
     if ok is not None:
         u.masked_fill_(~ok, 0)
@@ -47,14 +48,13 @@ def apply_update(
         return
     line, update = flat(w), flat(u)
     if line is None or update is None:
-        _step_narrow(w, u, lr, keep, after, ok, error, seed, lost)
+        _step_narrow(w, u, lr, keep, after, ok, error, seed, first, lost)
         return
     rest = None if error is None else error.view(-1)
     for start in starts(line, CHUNK):
         part = slice(start, start + CHUNK)
         piece = None if rest is None else rest[part]
-        chance = None if seed is None else seed + start
-        _step_narrow(line[part], update[part], lr, keep, after, ok, piece, chance, lost)
+        _step_narrow(line[part], update[part], lr, keep, after, ok, piece, seed, first + start, lost)
 
 
 def _step_narrow(
@@ -66,6 +66,7 @@ def _step_narrow(
     ok: Tensor | None,
     error: Tensor | None,
     seed: int | None,
+    first: int,
     lost: Tensor | None,
 ) -> None:
     exact = w.to(u.dtype)
@@ -73,7 +74,7 @@ def _step_narrow(
         exact.add_(error)
     before = None if lost is None else exact.clone()
     _step_and_decay(exact, u, lr, keep, after)
-    rounded = exact.to(w.dtype) if seed is None else stochastic_round_(_line_like(w), exact, seed)
+    rounded = exact.to(w.dtype) if seed is None else stochastic_round_(_line_like(w), exact, seed, first)
     if error is not None:
         if ok is not None:  # half a unit, rounded itself, may be enough to move a weight that was to be left alone
             rounded = torch.where(ok, rounded, w)

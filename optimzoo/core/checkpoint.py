@@ -15,6 +15,7 @@ from optimzoo.core.engine import Member, specs
 from optimzoo.core.groups import GROUP_KEYS
 from optimzoo.core.hyper import shown
 from optimzoo.core.routing import LAYOUTS, clean_name
+from optimzoo.core.shards import local
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.core.storage import ERROR, SCALE, is_scale, transfer
 from optimzoo.functional.quantize import blocks
@@ -62,7 +63,14 @@ def load(optimizer: "ZooOptimizer", state_dict: dict[str, Any]) -> None:
         for key in (k for k in live if not is_scale(k, live) and k in saved_slots):
             transfer(saved_slots, live, key, fold(0, member.name, key))
         if ERROR in live and ERROR not in saved_slots:
-            live[ERROR].zero_()
+            local(live[ERROR]).zero_()
+
+
+def adopt_groups(optimizer: "ZooOptimizer", groups: list[dict[str, Any]]) -> None:
+    """Take over options and counts of saved groups, and make room for the slots that these want."""
+    for group, loaded in zip(optimizer.param_groups, groups, strict=True):
+        group |= _accepted(optimizer, loaded, [])
+    optimizer.relink()
 
 
 def _sound(saved: Any, groups: Any) -> bool:
@@ -146,14 +154,15 @@ def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -
         )
     shapes = wanted | {ERROR: tuple(member.p.shape)}
     shapes |= {key + SCALE: (blocks(math.prod(shape)),) for key, shape in wanted.items()}
-    values = {key: torch.as_tensor(value) for key, value in saved.items()}
+    values = {key: value if isinstance(value, Tensor) else torch.as_tensor(value) for key, value in saved.items()}
     for key, value in values.items():
         if tuple(value.shape) != shapes[key]:
             raise ValueError(
                 f"{key!r} of {member.name!r} is {tuple(value.shape)} in the checkpoint and {shapes[key]} here: "
                 "the model or an option differs"
             )
-        whole = key in every and not every[key].dtype.is_floating_point and every[key].kind not in COARSE_KINDS
+        dtype = every[key].dtype if key in every else None
+        whole = dtype is not None and not dtype.is_floating_point and every[key].kind not in COARSE_KINDS
         if whole and value.is_floating_point():
             raise ValueError(f"{key!r} of {member.name!r} is {value.dtype} in the checkpoint, and whole numbers here")
         if value.dtype in (torch.int8, torch.uint8) and every[key].kind in COARSE_KINDS and key + SCALE not in saved:

@@ -5,24 +5,29 @@ Three ways, chosen per parameter:
 * a rule's own in-place `update` on lists of tensors, where dtypes allow it: no workspace;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
 * everything else one matrix at a time.
+
+Where ranks share a parameter by rows, the first two see this rank's rows; the third gathers the gradient and the slots,
+computes the same on every rank, and each keeps its rows of what comes out.
 """
 
 import functools
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimzoo.core import shards
 from optimzoo.core.apply import CHUNK, apply_update
+from optimzoo.core.gradients import admit, admit_together
 from optimzoo.core.routing import Route, as_matrix, from_matrix, matrix_shape
 from optimzoo.core.slots import Slot
 from optimzoo.core.storage import (
     ERROR,
+    SCALE,
     State,
     close_slot,
     compute_dtype,
@@ -69,42 +74,6 @@ def keywords(rule_function: Callable) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
-def check_gradient(p: Tensor, name: str) -> None:
-    """Refuse, by name, a gradient that no rule could use."""
-    g = p.grad
-    if g is None:
-        return
-    if p.device.type == "meta":
-        raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
-    if g.layout is not torch.strided:
-        raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
-    if g.is_complex():
-        raise RuntimeError(f"the gradient of {name!r} is complex; optimize torch.view_as_real of it instead")
-
-
-def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
-    """Whether this gradient may be used: a bool on the host, a 0-dim boolean tensor where asking would synchronise.
-
-    The sum of squares is the one pass that costs least; it also refuses finite gradients whose squares overflow, which
-    would leave an infinity in every second moment.
-    """
-    host = on_host(g)
-    if host and g.is_contiguous() and g.dtype in (torch.float32, torch.float64):
-        size = torch.dot(g.view(-1), g.view(-1)) if check or rule.skips_zero else None
-    else:
-        # Squared again: the norm of a single number is no root of anything, and knows nothing of overflow.
-        norm = torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)) if check or rule.skips_zero else None
-        size = None if norm is None else norm.square_()
-    if size is None or (host and not has_values(g)):
-        return True
-    if host:
-        value = size.item()
-        finite = not check or math.isfinite(value)
-        return finite and not (rule.skips_zero and value == 0 and not bool(g.any()))
-    ok = torch.isfinite(size) if check else torch.ones_like(size, dtype=torch.bool)
-    return ok & g.any() if rule.skips_zero else ok
-
-
 def run(
     members: Iterable[Member],
     states: dict[Tensor, State],
@@ -113,57 +82,81 @@ def run(
     extras: Extras,
     lost: dict[str, Tensor],
 ) -> tuple[list[str], list[tuple[str, Tensor]]]:
-    """Step every member. Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
+    """Step every member that has a gradient.
 
+    Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
     `count` is the number of steps that the group has completed; `lost` counts updates that rounding swallowed.
     """
     skipped: list[str] = []
     unknown: list[tuple[str, Tensor]] = []
     lists: dict[tuple, list[tuple[Member, Tensor, State]]] = defaultdict(list)
+    members = list(members)
+    together = admit_together(members)
     for member in members:
-        g = member.p.grad
-        assert g is not None
-        ok = admit(g, member.route.rule, member.route.h.check_finite)
+        p, g = member.p, member.p.grad
+        ok = (
+            together[p] if p in together else g is not None and admit(g, member.route.rule, member.route.h.check_finite)
+        )
+        if ok is None:
+            continue
         if ok is False:
             skipped.append(member.name)
             continue
         if isinstance(ok, Tensor):
             unknown.append((member.name, ok))
-        state = states[member.p]
+        state, first = states[p], 0
+        g = torch.zeros_like(p) if g is None else g  # other ranks have some rows of it
         rate = lr * member.route.lr_scale
-        if not _in_place(member, g, state):
+        if member.route.rule.elementwise and _by_rows(state, p):
+            first, member, g = shards.offset(p), replace(member, p=shards.local(p)), shards.local(g)
+            state = {name: shards.local(t) for name, t in state.items()}
+        if not _in_place(member, g, state, rate, count):
             known = None if ok is True else ok
-            _step_one(member, g, state, rate, count, known, extras(member.p), lost.get(member.name))
-        elif ok is True:
+            _step_one(member, g, state, rate, count, known, extras(p), lost.get(member.name), first)
+        elif ok is True and g.numel() < CHUNK:
             key = (member.route.rule, member.route.h, member.route.lr_scale, member.p.dtype, member.p.device)
             lists[key].append((member, g, state))
         else:
-            _step_list([(member, g, state)], rate, ok)
+            _step_list([(member, g, state)], rate, count, ok)  # at once, while the gradient is in the cache
     for batch in lists.values():
-        _step_list(batch, lr * batch[0][0].route.lr_scale, None)
+        _step_list(batch, lr * batch[0][0].route.lr_scale, count, True)
     return skipped, unknown
 
 
-def _in_place(member: Member, g: Tensor, state: State) -> bool:
+def _by_rows(state: State, p: Tensor) -> bool:
+    """Whether this rank's rows of every slot are about its rows of the parameter."""
+    return all(
+        shards.in_blocks(t, state[name.removesuffix(SCALE)], BLOCK) if is_scale(name, state) else shards.alike(t, p)
+        for name, t in state.items()
+        if name != "step"
+    )
+
+
+def _in_place(member: Member, g: Tensor, state: State, lr: float | Tensor, count: int) -> bool:
     """Whether the rule's list form can take this parameter: one wide dtype throughout, one memory layout.
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
-    p = member.p
-    if member.route.rule.update is None or g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
+    p, rule, h = member.p, member.route.rule, member.route.h
+    if rule.update is None or not rule.in_place(h, on_host(p) and not isinstance(lr, Tensor)):
+        return False
+    if shards.is_sharded(p) or member.route.layout != "as is" or (rule.refresh is not None and rule.due(count, h)):
+        return False
+    if g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False
-    return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
+    return all(t.dtype in (p.dtype, torch.int32) for name, t in state.items() if name != "step")  # indices are int32
 
 
-def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, ok: Tensor | None) -> None:
+def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, count: int, ok: bool | Tensor) -> None:
     rule, h = batch[0][0].route.rule, batch[0][0].route.h
     slots: dict[str, list[Tensor]] = {name: [state[name] for _, _, state in batch] for name in batch[0][2]}
     for counter in slots.get("step", ()):
-        counter.add_(1 if ok is None else ok)
-    found_inf = None if ok is None else (~ok).to(torch.float32)
-    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots)
+        counter.add_(1 if ok is True else ok)
+    found_inf = (~ok).to(torch.float32) if isinstance(ok, Tensor) else None
+    asked = {"step": float(count + 1)} if "step" in keywords(rule.update) else {}
+    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots, **asked)
 
 
 def _step_one(
@@ -175,27 +168,35 @@ def _step_one(
     ok: Tensor | None,
     extras: State,
     lost: Tensor | None,
+    first: int,
 ) -> None:
     p, rule, h = member.p, member.route.rule, member.route.h
     if "step" in state:
         state["step"].add_(1 if ok is None else ok)
     seed = fold(getattr(h, "seed", 0), member.name, count)
     chance = fold(seed, "weight") if h.rounding == "stochastic" else None
+    change = functools.partial(
+        apply_update, lr=lr, weight_decay=h.weight_decay, ok=ok, after=rule.decay_after, seed=chance, lost=lost
+    )
     if rule.elementwise and _one_line(p, g, state):
         for start in starts(p, CHUNK):
             w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
             part = _part(state, start)
             before = _copies(part, ok)
-            u = _direction(member, piece, w, part, count, seed + start, ok, extras)
-            drawn = None if chance is None else chance + start
-            apply_update(w, u, lr, h.weight_decay, ok, rule.decay_after, error=part.get(ERROR), seed=drawn, lost=lost)
+            u = _direction(member, piece, w, part, count, seed, ok, extras, first + start)
+            change(w, u, error=part.get(ERROR), first=first + start)
             _restore(part, before, ok)
     else:
-        before = _copies(state, ok)
-        w, matrix = as_matrix(p, member.route.layout), as_matrix(g, member.route.layout)
-        u = from_matrix(_direction(member, matrix, w, state, count, seed, ok, extras), p, member.route.layout)
-        apply_update(p, u, lr, h.weight_decay, ok, rule.decay_after, error=state.get(ERROR), seed=chance, lost=lost)
-        _restore(state, before, ok)
+        layout = member.route.layout
+        full = {name: shards.local(t) if name == ERROR else shards.whole(t) for name, t in state.items()}
+        before = _copies(full, ok)
+        w, matrix = as_matrix(_weight(p, rule), layout), as_matrix(shards.whole(g), layout)
+        u = from_matrix(_direction(member, matrix, w, full, count, seed, ok, extras, first), p, layout)
+        change(shards.local(p), shards.part(u, p), error=full.get(ERROR), first=first + shards.offset(p))
+        _restore(full, before, ok)
+        for name, t in full.items():
+            if name != ERROR:
+                shards.keep(t, state[name])
 
 
 def _copies(state: State, ok: Tensor | None) -> State:
@@ -210,8 +211,23 @@ def _restore(state: State, before: State, ok: Tensor | None) -> None:
             torch.where(ok, state[name], old, out=state[name])
 
 
+def _weight(p: Tensor, rule: Any) -> Tensor:
+    """The whole weight for a rule that reads it; for others, where gathering would cost, one that cannot be read."""
+    if rule.reads_weight or not shards.is_sharded(p):
+        return shards.whole(p)
+    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+
+
 def _direction(
-    member: Member, g: Tensor, w: Tensor, state: State, count: int, seed: int, ok: Tensor | None, extras: State
+    member: Member,
+    g: Tensor,
+    w: Tensor,
+    state: State,
+    count: int,
+    seed: int,
+    ok: Tensor | None,
+    extras: State,
+    first: int,
 ) -> Tensor:
     """One call of the rule on one matrix, or on one piece of an element-wise parameter."""
     rule, h, dtype = member.route.rule, member.route.h, compute_dtype(w.dtype)
@@ -233,7 +249,7 @@ def _direction(
     given["step"] = _step_number(state, count)
     u = rule.direction(g, w, h, **{name: given[name] for name in keywords(rule.direction) if name in given})
     for index, (name, opened) in enumerate(slots.items()):
-        close_slot(state, name, opened, fold(seed, index))
+        close_slot(state, name, opened, fold(seed, index), first)
     return u
 
 

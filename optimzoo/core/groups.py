@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.routing import clean_name
+from optimzoo.core.shards import refuse_placement
 
 # What a group may hold beside options: torch's and schedulers' bookkeeping, and the routing flags.
 GROUP_KEYS = frozenset(
@@ -55,11 +56,11 @@ def refuse(p: Tensor, name: str, owner: str) -> None:
         raise TypeError(f"{owner}: parameter {name!r} is complex; optimize torch.view_as_real of it instead")
     if not p.is_floating_point():
         raise TypeError(f"{owner}: parameter {name!r} is {p.dtype}; only floating-point parameters can be optimized")
-    if type(p).__name__ == "DTensor" or p.layout is not torch.strided:
-        kind = type(p).__name__ if p.layout is torch.strided else str(p.layout)
-        raise TypeError(f"{owner}: parameter {name!r} is {kind}, which is not supported; use plain dense parameters")
+    if p.layout is not torch.strided:
+        raise TypeError(f"{owner}: parameter {name!r} is {p.layout}, which is not supported; use dense parameters")
     if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
         raise TypeError(f"{owner}: elements of parameter {name!r} share memory (expand); give it memory with .clone()")
+    refuse_placement(p, name, owner)
 
 
 class Routes(list):

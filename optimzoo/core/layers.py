@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optimzoo.core.engine import Member
 from optimzoo.core.matrix import MatrixOptimizer
 from optimzoo.core.routing import clean_name
+from optimzoo.core.shards import is_sharded
 from optimzoo.core.slots import Slot
 
 
@@ -72,6 +74,16 @@ class LayerOptimizer(MatrixOptimizer):
         for p in layer.parameters():
             if "reselections" in self.state.get(p, {}):
                 self.state[p]["reselections"].copy_(layer.reselections)
+
+    def members(self, index: int) -> list[Member]:
+        for name, layer in self.layers.items():
+            for part, p in layer.named_parameters():
+                if is_sharded(p):
+                    raise TypeError(
+                        f"{type(self).__name__} chooses entries of whole tensors, and {name}.{part} is sharded: use "
+                        f"DistributedDataParallel, or leave the layers out of fully_shard (ignored_params=...)"
+                    )
+        return super().members(index)
 
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         for name, layer in self.layers.items():

@@ -5,12 +5,13 @@ where needed, `refresh` with `due`, or `update`. What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
 2. `direction` and `refresh` change their slots in place and never rebind them.
-3. `g` and `w` are read-only (`g` may be `p.grad` itself); what `direction` returns is a tensor of its own.
+3. `g` and `w` are read-only (`g` may be `p.grad` itself), and `w` is not read at all without `reads_weight`; what
+   `direction` returns is a tensor of its own.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. The direction comes before the learning rate and without weight decay; the engine applies both.
 
-In return it sees plain tensors of at least float32, matrices as (out, in), and never a missing, sparse or non-finite
-gradient.
+In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
+never a missing, sparse or non-finite gradient.
 """
 
 import collections
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import checkpoint
-from optimzoo.core.engine import Member, check_gradient, run, specs
+from optimzoo.core.engine import Member, run, specs
+from optimzoo.core.gradients import check_gradient
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hashable, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
 from optimzoo.core.routing import LAYOUTS, Route, param_groups
+from optimzoo.core.shards import is_sharded, local, placed
 from optimzoo.core.storage import (
     STATE_DTYPES,
     compute_dtype,
@@ -65,6 +68,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
+    reads_weight: ClassVar[bool] = False  # the rule looks at `w`, which is otherwise not gathered where ranks share it
     decay_after: ClassVar[bool] = False  # decay the stepped weight, not the weight before the step
     releasing = False  # whether backward steps the parameters; set by `release_gradients`
     options: ClassVar[dict[str, Hyper]] = {}
@@ -109,6 +113,11 @@ class ZooOptimizer(torch.optim.Optimizer):
     def due(count: int, h: Any) -> bool:
         """Whether `refresh` runs in the step after `count` completed ones."""
         return False
+
+    @staticmethod
+    def in_place(h: Any, plain: bool) -> bool:
+        """Whether `update`, where there is one, takes these options; `plain`: on the host, and lr is a number."""
+        return True
 
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
         """Where a parameter goes. Asked at construction and whenever options, members or `period` change."""
@@ -171,7 +180,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and on_host(lr) and has_values(lr):
             lr = lr.item()
-        paced = [self.paced(member) for member in members if member.p.grad is not None]
+        # A parameter of which other ranks have rows may have a gradient there.
+        paced = [self.paced(member) for member in members if member.p.grad is not None or is_sharded(member.p)]
         self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
 
     @contextmanager
@@ -203,7 +213,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         rows = Routes()
         for _, members in self._plans.values():
             for m in members:
-                held = sum(t.untyped_storage().nbytes() for t in self.state[m.p].values())
+                held = _bytes(self.state[m.p].values())
                 rows.append((m.name, tuple(m.p.shape), m.route.rule.__name__.lower(), m.route.reason, held))
         return rows
 
@@ -295,31 +305,39 @@ class ZooOptimizer(torch.optim.Optimizer):
             if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
                 continue
             members = self.members(index)
+            turned = known is not None and known[0][2] != token[2]
+            left = self._left(known[1]) if known is not None else {}
             for member in members:
-                turned = known is not None and known[0][2] != token[2]
-                self._fit(member, group, fresh=turned and member.route.periodic)
+                have = self.state.get(member.p) or left.get((member.name, member.p.shape), {})
+                self._fit(member, group, {} if turned and member.route.periodic else have)
             self._plans[index] = (token, members)
             changed = True
         if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):
             self._settle()
+
+    def _left(self, before: list[Member]) -> dict[tuple[str, torch.Size], dict[str, Tensor]]:
+        """State of parameters that are in no group any more, for those that FSDP has put in their places."""
+        now = {id(p) for group in self.param_groups for p in group["params"]}
+        return {(m.name, m.p.shape): self.state[m.p] for m in before if id(m.p) not in now and m.p in self.state}
 
     def _settle(self) -> None:
         """Drop what belongs to nobody and count what is held, so that a step need not walk."""
         owned = {member.p for _, plan in self._plans.values() for member in plan}
         for p in [p for p in self.state if p not in owned]:
             del self.state[p]
-        self._state_bytes = sum(t.untyped_storage().nbytes() for slots in self.state.values() for t in slots.values())
+        self._state_bytes = sum(_bytes(slots.values()) for slots in self.state.values())
         options = [value for group in self.param_groups for value in group.values() if isinstance(value, Tensor)]
         beside = (*options, *self._device_skips.values(), *self._lost.values())
-        self._state_bytes += sum(t.untyped_storage().nbytes() for t in beside)
+        self._state_bytes += _bytes(beside)
 
-    def _fit(self, member: Member, group: dict[str, Any], fresh: bool) -> None:
+    def _fit(self, member: Member, group: dict[str, Any], have: dict[str, Tensor]) -> None:
         """Make the parameter's slots what its route wants: kept, moved with their values, or new."""
-        p, have = member.p, {} if fresh else self.state.get(member.p, {})
+        p = member.p
         slots: dict[str, Tensor] = {}
         for key, slot in specs(member).items():
             old = have.get(key)
-            if old is not None and (old.shape, old.dtype, old.device) == (slot.shape, slot.dtype, p.device):
+            same = old is not None and (old.shape, old.dtype, old.device) == (slot.shape, slot.dtype, p.device)
+            if old is not None and same and placed(old, p):
                 slots[key] = old
                 continue
             if old is not None and old.shape != slot.shape and group["step"] > 0:
@@ -350,6 +368,11 @@ class ZooOptimizer(torch.optim.Optimizer):
 
 
 ZooOptimizer.options = options_of(ZooOptimizer)  # `__init_subclass__` sees subclasses only
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that these hold on this rank."""
+    return sum(local(t).untyped_storage().nbytes() for t in tensors)
 
 
 def named_options(cls: type[ZooOptimizer], param_group: dict[str, Any]) -> dict[str, Any]:

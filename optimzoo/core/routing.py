@@ -136,8 +136,9 @@ def _kind(name: str, p: Tensor, module: nn.Module, tables: set[int], rows: set[i
         return "convolutions"
     if p.ndim > 2:
         return "other tensors"
-    # GPT-2 stores its linear layers as (in, out); transformers is no dependency, so the class is known by its name.
-    return "transposed matrices" if type(module).__name__ == "Conv1D" else "matrices"
+    # GPT-2 stores its linear layers as (in, out); transformers is no dependency, so the class is known by its name, and
+    # FSDP makes it a base.
+    return "transposed matrices" if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) else "matrices"
 
 
 _FLAGS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optimzoo.core import shards
 from optimzoo.core.slots import COARSE_KINDS, Slot
 from optimzoo.functional.quantize import blocks, dequantize, quantize_
 from optimzoo.functional.rounding import stochastic_round_
@@ -59,18 +60,20 @@ def slot_names(state: State) -> list[str]:
 
 
 def new_slot(slot: Slot, like: Tensor, state_dtype: str | None, seed: int) -> Tensor:
-    """A tensor of its own on the parameter's device, filled as the slot says."""
-    tensor = torch.empty(slot.shape, dtype=slot_dtype(slot, like.dtype, state_dtype), device=like.device)
+    """A tensor of its own on the parameter's device, filled as the slot says; of a sharded one, this rank's rows."""
+    tensor = shards.empty(slot.shape, slot_dtype(slot, like.dtype, state_dtype), like)
     fill_slot(slot, tensor, seed)
     return tensor
 
 
 def fill_slot(slot: Slot, tensor: Tensor, seed: int) -> None:
     """Put a slot back to how it starts."""
-    if callable(slot.fill):
-        slot.fill(tensor, seed)
+    if not callable(slot.fill):
+        shards.local(tensor).fill_(slot.fill)
     else:
-        tensor.fill_(slot.fill)
+        full = shards.blank(tensor)
+        slot.fill(full, seed)
+        shards.keep(full, tensor)
 
 
 def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
@@ -82,16 +85,35 @@ def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if narrow else tensor
 
 
-def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor) -> None:
-    """Write a working copy back, rounded without bias; nothing to do when the slot itself was used."""
+def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor, first: int = 0) -> None:
+    """Write a working copy back, rounded without bias; nothing to do when the slot itself was used.
+
+    `first` is the position in the slot of the first element of `state[name]`, which may be a piece of it.
+    """
     if name + SCALE in state:
-        quantize_(state[name], state[name + SCALE], opened, seed)
+        quantize_(state[name], state[name + SCALE], opened, seed, first)
     elif opened is not state[name]:
-        stochastic_round_(state[name], opened, seed)
+        stochastic_round_(state[name], opened, seed, first)
 
 
 def transfer(source: State, target: State, name: str, seed: int) -> None:
-    """Copy one slot between states that may keep it in different ways; to the bit when they keep it alike."""
+    """Copy one slot between states that may keep it in different ways; to the bit when they keep it alike.
+
+    A collective where their rows are spread over ranks in different ways.
+    """
+    keys = [key for key in (name, name + SCALE) if key in target]
+    same = all(key in source and source[key].dtype == target[key].dtype for key in keys)
+    if same and all(shards.alike(source[key], target[key]) for key in keys):
+        for key in keys:
+            shards.local(target[key]).copy_(shards.local(source[key]))
+        return
+    full = {key: shards.blank(target[key]) for key in keys}
+    _convert({key: shards.whole(source[key]) for key in (name, name + SCALE) if key in source}, full, name, seed)
+    for key in keys:
+        shards.keep(full[key], target[key])
+
+
+def _convert(source: State, target: State, name: str, seed: int) -> None:
     codes, scale = target[name], target.get(name + SCALE)
     if scale is not None and name + SCALE in source and source[name].dtype == codes.dtype:
         codes.copy_(source[name])

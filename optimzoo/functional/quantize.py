@@ -25,20 +25,22 @@ def blocks(n: int) -> int:
     return -(-n // BLOCK)
 
 
-def quantize_(codes: Tensor, scale: Tensor, source: Tensor, seed: int | Tensor) -> None:
+def quantize_(codes: Tensor, scale: Tensor, source: Tensor, seed: int | Tensor, first: int = 0) -> None:
     """codes (...) int8 (signed) or uint8, scale (blocks,) <- source (...); the draw is a function of (seed, position).
+
+    The first element has position `first`, a multiple of `BLOCK`: pieces of a tensor are rounded like the whole.
 
     A block with an infinity or NaN gets a scale that is none either, so nothing finite comes out of it.
     """
     line, exact = codes.view(-1), source.reshape(-1)
     for start in starts(line, _CHUNK):
         piece = exact[start : start + _CHUNK].to(torch.float32)
-        found, scales = _encode(piece, codes.dtype == torch.int8, seed + start)
+        found, scales = _encode(piece, codes.dtype == torch.int8, seed, first + start)
         line[start : start + _CHUNK].copy_(found)
         scale[start // BLOCK : blocks(start + _CHUNK)].copy_(scales)
 
 
-def _encode(x: Tensor, signed: bool, seed: int | Tensor) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, signed: bool, seed: int | Tensor, first: int) -> tuple[Tensor, Tensor]:
     """(n,) float32 -> codes (n,) as numbers, scales (blocks,)."""
     rows = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     size = rows.abs()
@@ -48,7 +50,7 @@ def _encode(x: Tensor, signed: bool, seed: int | Tensor) -> tuple[Tensor, Tensor
     low = (size.sqrt() if signed else size.sqrt().sqrt_()).mul_(top).floor_().clamp_(0, top - 1)
     below, above = _level(low / top, signed), _level((low + 1) / top, signed)
     chance = (size - below).div_(above.sub_(below))
-    drawn = hash16(rows.numel(), seed, x.device).view_as(rows).to(torch.float32).add_(0.5)
+    drawn = hash16(rows.numel(), seed, x.device, first).view_as(rows).to(torch.float32).add_(0.5)
     codes = low.add_(chance.mul_(2**16) > drawn)
     # An unsigned zero would be a division by almost nothing where its root divides.
     codes = codes.mul_(rows.sign()) if signed else torch.where(size > 0, codes.clamp_(min=1), 0)

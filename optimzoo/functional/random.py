@@ -37,15 +37,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def hash32(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
-    """(n,) int64 holding independent-looking 32-bit unsigned numbers of (seed, position).
+def hash32(n: int, seed: int | Tensor, device: torch.device | None = None, first: int = 0) -> Tensor:
+    """(n,) int64 holding independent-looking 32-bit unsigned numbers of (seed, position), positions from `first` on.
 
     `seed` may be a 0-dim int64 tensor, so that a compiled step does not recompile when it changes.
     """
     # Scrambled first: neighbouring seeds would otherwise give the same numbers in another order.
     low = _finalise(seed & 0xFFFFFFFF)
     high = _finalise(((seed >> 32) & 0x7FFFFFFF) ^ low ^ 0x5BD1E995)  # unlike what position 0 makes of `low`
-    x = torch.arange(n, dtype=torch.int64, device=device)
+    x = torch.arange(first, first + n, dtype=torch.int64, device=device)
     x = _finalise(x.bitwise_xor_(low))
     return _finalise(x.bitwise_xor_(high))
 
@@ -57,10 +57,14 @@ def _finalise(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
-def hash16(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
-    """(n,) int64 holding 16-bit unsigned numbers of (seed, position): two from each hash, which is what costs time."""
-    pairs = hash32(-(-n // 2), seed, device)
-    return torch.cat([pairs & 0xFFFF, pairs >> 16])[:n]
+def hash16(n: int, seed: int | Tensor, device: torch.device | None = None, first: int = 0) -> Tensor:
+    """(n,) int64 holding 16-bit unsigned numbers of (seed, position), positions from `first` on.
+
+    Two from each hash, which is what costs time.
+    """
+    start, odd = divmod(first, 2)
+    pairs = hash32(-(-(n + odd) // 2), seed, device, start)
+    return torch.stack([pairs & 0xFFFF, pairs >> 16], 1).view(-1)[odd : odd + n]
 
 
 def uniform(n: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:

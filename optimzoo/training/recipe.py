@@ -17,6 +17,7 @@ from optimzoo.training.sections import (
     Checkpoint,
     Claim,
     Conversion,
+    Distributed,
     Entry,
     Evaluation,
     Glue,
@@ -60,6 +61,7 @@ class Recipe(Section):
     memory: Memory = Memory()
     eval: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed | None = None
     wandb: Wandb = Wandb()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0, le=1024)
@@ -93,6 +95,8 @@ class Recipe(Section):
             raise ValueError(f"{why} none adds up over data.accumulate={self.data.accumulate} batches; make it 1")
         if self.optimizer.name not in registry.optimizers():
             raise ValueError(f"{why} it needs an optimizer of optimzoo, and optimizer.name={self.optimizer.name!r}")
+        if self.distributed is not None:
+            raise ValueError(f"{why} several processes could not average it; leave distributed out")
         return self
 
     @model_validator(mode="after")

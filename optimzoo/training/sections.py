@@ -207,6 +207,12 @@ class Checkpoint(Section):
     every: int = Field(default=100, ge=0)  # 0: never
 
 
+class Distributed(Section):
+    """How the processes that torchrun starts share a run; `data.batch` is split over them."""
+
+    strategy: Literal["ddp", "fsdp2"]
+
+
 class Wandb(Section):
     mode: Literal["off", "offline", "online"] = "off"
     project: str = "optimzoo"

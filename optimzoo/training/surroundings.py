@@ -40,9 +40,9 @@ def now(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def wandb(recipe: Recipe, folder: Path) -> Iterator[Any]:
-    """A function that logs one row to wandb, or does nothing; never asks anything."""
-    if recipe.wandb.mode == "off":
+def wandb(recipe: Recipe, folder: Path | None) -> Iterator[Any]:
+    """A function that logs one row to wandb, or without a folder does nothing; never asks anything."""
+    if recipe.wandb.mode == "off" or folder is None:
         yield lambda row: None
         return
     run = _wandb_run(recipe, folder)

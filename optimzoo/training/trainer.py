@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
 from optimzoo.core import release_gradients
+from optimzoo.core.shards import whole
 from optimzoo.memory.activations import saved
 from optimzoo.memory.workspace import measure
 from optimzoo.modules import NormCache
@@ -19,6 +20,7 @@ from optimzoo.modules.delta_file import save_delta
 from optimzoo.modules.sparse_delta import SparseDeltaLinear
 from optimzoo.training import progress, report
 from optimzoo.training.data import words
+from optimzoo.training.distributed import Ranks, together
 from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, versions, write_json
 from optimzoo.training.model import build_model, check_room, norm_cache
@@ -38,17 +40,19 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = False, quiet: bool 
     and resumed ends with the weights, bit for bit, of one that was not. What a recipe's `pretrain` asks for runs first,
     in a folder of its own beside this one, unless it is there.
     """
-    home = Folder(Path(folder))
-    if resume and (result := home.finished(recipe)):
-        if not all(picture.exists() for picture in home.pictures):  # killed while it drew them
+    with together(recipe) as ranks:
+        home = ranks.folder(Path(folder))
+        if resume and (result := home.finished(recipe)):
+            if ranks.first and not all(picture.exists() for picture in home.pictures):  # killed while it drew them
+                draw(home, result)
+            return result
+        home.open(recipe, resume)
+        start = None if home.checkpoint.exists() else prepare(recipe, home.path.parent, quiet)
+        with surroundings(recipe) as device:
+            result = _run(recipe, home, ranks, device, quiet, start)
+        if ranks.first:
             draw(home, result)
         return result
-    home.open(recipe, resume)
-    start = None if home.checkpoint.exists() else prepare(recipe, home.path.parent, quiet)
-    with surroundings(recipe) as device:
-        result = _run(recipe, home, device, quiet, start)
-    draw(home, result)
-    return result
 
 
 def prepare(recipe: Recipe, out: Path, quiet: bool = False) -> dict[str, Tensor] | None:
@@ -67,7 +71,7 @@ def prepare(recipe: Recipe, out: Path, quiet: bool = False) -> dict[str, Tensor]
 
 
 def _run(
-    recipe: Recipe, home: Folder, device: torch.device, quiet: bool, start: dict[str, Tensor] | None
+    recipe: Recipe, home: Folder, ranks: Ranks, device: torch.device, quiet: bool, start: dict[str, Tensor] | None
 ) -> dict[str, Any]:
     data, spec, steps = recipe.data, recipe.optimizer, recipe.schedule.steps
     code()  # before anybody changes the sources that this process has loaded
@@ -75,16 +79,18 @@ def _run(
     corpus = task.data(recipe)
     model = build_model(recipe, device, start)
     check_room(model, data.sequence, corpus.vocab)
+    module = ranks.spread(model)
     optimizers = build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, steps)
     schedulers = [scheduler(optimizer, recipe.schedule) for optimizer in optimizers]
     norms = norm_cache(recipe, model, corpus.facts.get("train_examples", 0))
-    first = restore(recipe, home, device, model, optimizers, schedulers, norms)
-    write_json(home.path / "versions.json", versions())
+    first = restore(recipe, home, ranks, device, model, optimizers, schedulers, norms)
+    if ranks.first:
+        write_json(home.path / "versions.json", versions())
 
     with (
         home.log(first) as log,
-        wandb(recipe, home.path) as wandb_log,
-        progress.bar(home.path.name, steps, quiet) as show,
+        wandb(recipe, home.path if ranks.first else None) as wandb_log,
+        progress.bar(home.path.name, steps, quiet or not ranks.first) as show,
         ExitStack() as released,
     ):
         for optimizer in optimizers if recipe.release else ():
@@ -93,16 +99,16 @@ def _run(
             if log.diverged:
                 break
             began = now(device)
-            torch.manual_seed(int(words(recipe.seed, step, count=1)[0]))  # for models with dropout
+            torch.manual_seed(int(words(recipe.seed, step, *ranks.salt, count=1)[0]))  # for models with dropout
             loss = torch.zeros((), device=device)
             for micro in range(data.accumulate):
-                batch = to(device, corpus.batch(recipe.seed, step, micro, data.batch, data.sequence))
+                batch = to(device, ranks.rows(corpus.batch(recipe.seed, step, micro, data.batch, data.sequence)))
                 with norms.batch(task.ids(batch)) if norms else nullcontext():
                     with autocast(recipe, device):
-                        part = task.loss(model, batch) / data.accumulate
+                        part = task.loss(module, batch) / data.accumulate
                     part.backward()
                 loss += part.detach()
-            norm = None if recipe.release else clip(model, recipe.clip)
+            norm, loss = None if recipe.release else whole(clip(model, recipe.clip)), ranks.mean(loss)
             lr = float(optimizers[0].param_groups[0]["lr"])  # some keep it as a tensor
 
             # Counting allocations slows a step down: those steps are left out of the times.
@@ -122,21 +128,22 @@ def _run(
             row |= {"tokens_per_s": data.batch * data.sequence * data.accumulate / (ended - began)}
             last = step + 1 == steps or row["loss"] is None
             if last or (step + 1) % recipe.eval.every == 0:
-                row |= evaluate(recipe, task, model, corpus, device)
+                row |= evaluate(recipe, task, model, corpus, ranks, device)
             log.add(row)
             wandb_log(row)
             show(step + 1, row)
             if recipe.checkpoint.every and (last or (step + 1) % recipe.checkpoint.every == 0):
                 log.sync()
-                save(recipe, home, step + 1, model, optimizers, schedulers, norms)
+                save(recipe, home, ranks, step + 1, model, optimizers, schedulers, norms)
 
-        batch = to(device, corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence))
+        batch = to(device, ranks.rows(corpus.batch(recipe.seed, 0, 0, data.batch, data.sequence)))
         with autocast(recipe, device):
             activations = saved(model, batch, task.loss).total
         result = summarise(recipe, corpus, model, optimizers, log.rows, activations)
-    if any(isinstance(module, SparseDeltaLinear) for module in model.modules()):
-        save_delta(model, home.delta)
-    write_json(home.result, result)
+    if ranks.first:
+        if any(isinstance(layer, SparseDeltaLinear) for layer in model.modules()):
+            save_delta(model, home.delta)
+        write_json(home.result, result)
     return result
 
 
@@ -162,17 +169,17 @@ def clip(model: nn.Module, bound: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    recipe: Recipe, task: Task, model: nn.Module, corpus: Data, device: torch.device
+    recipe: Recipe, task: Task, model: nn.Module, corpus: Data, ranks: Ranks, device: torch.device
 ) -> dict[str, float | None]:
     """`validation_loss`, and what else the task tells: means over the fixed validation batches."""
     model.eval()
     found: dict[str, list[Tensor]] = {}
     for batch in corpus.held_out(recipe.data.batch, recipe.data.sequence, recipe.eval.batches):
         with autocast(recipe, device):
-            for name, scores in task.scores(model, to(device, batch)).items():
+            for name, scores in task.scores(model, to(device, ranks.rows(batch))).items():
                 found.setdefault(f"validation_{name}", []).append(scores)
     model.train()
-    return {name: finite(torch.cat(scores).mean().item()) for name, scores in found.items()}
+    return {name: finite(ranks.mean(torch.cat(scores).mean()).item()) for name, scores in found.items()}
 
 
 def to(device: torch.device, batch: Any) -> Any:
@@ -182,6 +189,7 @@ def to(device: torch.device, batch: Any) -> Any:
 def save(
     recipe: Recipe,
     home: Folder,
+    ranks: Ranks,
     step: int,
     model: nn.Module,
     optimizers: list[Optimizer],
@@ -191,12 +199,13 @@ def save(
     """Write everything that the next update depends on."""
     parts = {"optimizers": [o.state_dict() for o in optimizers], "schedulers": [s.state_dict() for s in schedulers]}
     known = {"norms": norms.state_dict()} if norms else {}
-    home.save(recipe, step, {"model": model.state_dict(), **parts, **known})
+    home.save(recipe, step, ranks.whole({"model": model.state_dict(), **parts, **known}))
 
 
 def restore(
     recipe: Recipe,
     home: Folder,
+    ranks: Ranks,
     device: torch.device,
     model: nn.Module,
     optimizers: list[Optimizer],
@@ -208,14 +217,14 @@ def restore(
     if state is None:
         return 0
     try:
-        model.load_state_dict(state["model"])
+        ranks.load_model(model, state["model"])
         for schedule, part in zip(schedulers, state["schedulers"], strict=True):
             own = {key: type(value) for key, value in schedule.state_dict().items()}
             if own != {key: type(value) for key, value in part.items()}:
                 raise ValueError("the state of a schedule is no such thing")
             schedule.load_state_dict(part)
         for optimizer, part in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(part)
+            ranks.load_optimizer(optimizer, part)
         if norms:
             norms.load_state_dict(state["norms"])
         return int(state["step"])

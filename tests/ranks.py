@@ -1,0 +1,58 @@
+"""Cases that several processes run together, each case once for every number of ranks."""
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+Case = Callable[[Path], None]
+
+
+def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, str]:
+    """Run every case on `world` gloo ranks; what went wrong by case, "" where nothing did.
+
+    The processes stop at the first failure, as the ranks are out of step then; cases after it are not run.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_sharded"])  # torch is imported once, not by every rank
+    meet = folder / f"meet_{world}"
+    workers = [context.Process(target=_rank, args=(rank, world, cases, folder, meet)) for rank in range(world)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    found = dict.fromkeys(cases, "not run, because a case before it failed")
+    for rank in range(world):
+        log = folder / f"{world}_{rank}"
+        for path in log.iterdir() if log.exists() else ():
+            text = path.read_text()
+            found[path.name] = (
+                text if found[path.name].startswith("not run") or not found[path.name] else found[path.name]
+            )
+    return found
+
+
+def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Path) -> None:
+    torch.set_num_threads(1)
+    log = folder / f"{world}_{rank}"
+    log.mkdir()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(minutes=10)
+    )
+    code = 0
+    for name, case in cases.items():
+        try:
+            torch.manual_seed(rank)  # ranks differ in everything but what a case makes alike
+            case(folder)
+            (log / name).write_text("")
+        except Exception:
+            (log / name).write_text(f"rank {rank}:\n{traceback.format_exc()}")
+            code = 1
+            break
+    if not code:
+        dist.barrier()
+    os._exit(code)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
