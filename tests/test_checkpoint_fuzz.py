@@ -261,8 +261,8 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(run: tuple[Any, Path, dict]) -
     good = (home / "whole" / "checkpoint.pt").read_bytes()
     shutil.copy(home / "whole" / "recipe.yaml", folder)
     chance = random.Random(0)
-    bad = [good[: chance.randrange(len(good))] for _ in range(20)] + [b"", b"PK", good + b"x" * 100]
-    for _ in range(60):
+    bad = [good[: chance.randrange(len(good))] for _ in range(8)] + [b"", b"PK", good + b"x" * 100]
+    for _ in range(20):
         flipped = bytearray(good)
         flipped[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
         bad.append(bytes(flipped))
@@ -280,7 +280,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(run: tuple[Any, Path, dict]) -
     ):
         bad.append(saved_as(state | part))
     bad += [saved_as({k: v for k, v in state.items() if k != part}) for part in state]
-    bad += [saved_as(damage(state, random.Random(seed))) for seed in range(40)]
+    bad += [saved_as(damage(state, random.Random(seed))) for seed in range(15)]
     unnoticed = 0
     for content in bad:
         (folder / "checkpoint.pt").write_bytes(content)
@@ -311,6 +311,7 @@ def same_weights(folder: Path, whole: Path) -> bool:
     return all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.long
 def test_other_files_of_a_run_may_be_anything(run: tuple[Any, Path, dict]) -> None:
     """Resumed as far as the checkpoint says, or refused in a sentence; a folder in place of a file included."""
     recipe, home, result = run

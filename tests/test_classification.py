@@ -189,7 +189,7 @@ def test_recipe_runs_three_steps(path: Path, glue: Path, tmp_path: Path) -> None
     for label, entry in whole.entries().items():
         changes = {name: tiny[name] for name in ("model", "data", "schedule", "eval")}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*is deprecated and will be removed:FutureWarning")
+            warnings.filterwarnings("ignore", ".*is deprecated and will be removed", FutureWarning)
             result = train(validate(entry.run() | changes, label), tmp_path / label, quiet=True)
         assert result["steps"] == 3
         assert result["validation_accuracy"] is not None
