@@ -187,7 +187,8 @@ def test_a_foreign_checkpoint(command, recipe: Path, tmp_path: Path) -> None:
     assert "belongs to another recipe" in refused(command("run", recipe, "--resume"))
     for part in ({"optimizers": [[]]}, {"optimizers": [{**state["optimizers"][0], "state": []}]}, {"step": "x"}):
         torch.save(state | part, run / "checkpoint.pt")
-        assert "does not fit the model and optimizer" in refused(command("run", recipe, "--resume"))
+        words = "is damaged: step is x" if "step" in part else "does not fit the model and optimizer"
+        assert words in refused(command("run", recipe, "--resume"))
     del state["model"]["lm_head.weight"]
     torch.save(state, run / "checkpoint.pt")
     assert "does not fit the model" in refused(command("run", recipe, "--resume"))

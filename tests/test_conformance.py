@@ -108,7 +108,7 @@ def test_order_and_names_of_parameters_are_the_callers(cls):
     packed = opt.state_dict()
     assert packed["param_groups"][0]["params"] == list(range(len(params)))
     assert all(set(packed["state"][i]) == set(opt.state[p]) for i, p in enumerate(params))
-    with pytest.raises(ValueError, match="more than one parameter group"):
+    with pytest.raises(ValueError, match="given twice"):
         opt.add_param_group({"params": params[:1]})
     with pytest.raises(ValueError, match="non-leaf"):
         opt.add_param_group({"params": [params[0] * 2]})

@@ -110,16 +110,16 @@ def run(
         if member.route.rule.elementwise and _by_rows(state, p):
             first, member, g = shards.offset(p), replace(member, p=shards.local(p)), shards.local(g)
             state = {name: shards.local(t) for name, t in state.items()}
-        if not _in_place(member, g, state, rate, count):
+        if not _in_place(member, g, state):
             known = None if ok is True else ok
             _step_one(member, g, state, rate, count, known, extras(p), lost.get(member.name), first)
-        elif ok is True and g.numel() < CHUNK:
+        elif ok is True:
             key = (member.route.rule, member.route.h, member.route.lr_scale, member.p.dtype, member.p.device)
             lists[key].append((member, g, state))
         else:
-            _step_list([(member, g, state)], rate, count, ok)  # at once, while the gradient is in the cache
+            _step_list([(member, g, state)], rate, ok)
     for batch in lists.values():
-        _step_list(batch, lr * batch[0][0].route.lr_scale, count, True)
+        _step_list(batch, lr * batch[0][0].route.lr_scale, None)
     return skipped, unknown
 
 
@@ -132,31 +132,28 @@ def _by_rows(state: State, p: Tensor) -> bool:
     )
 
 
-def _in_place(member: Member, g: Tensor, state: State, lr: float | Tensor, count: int) -> bool:
+def _in_place(member: Member, g: Tensor, state: State) -> bool:
     """Whether the rule's list form can take this parameter: one wide dtype throughout, one memory layout.
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
-    p, rule, h = member.p, member.route.rule, member.route.h
-    if rule.update is None or not rule.in_place(h, on_host(p) and not isinstance(lr, Tensor)):
-        return False
-    if shards.is_sharded(p) or member.route.layout != "as is" or (rule.refresh is not None and rule.due(count, h)):
+    p = member.p
+    if member.route.rule.update is None or shards.is_sharded(p):
         return False
     if g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False
-    return all(t.dtype in (p.dtype, torch.int32) for name, t in state.items() if name != "step")  # indices are int32
+    return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
 
 
-def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, count: int, ok: bool | Tensor) -> None:
+def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, ok: Tensor | None) -> None:
     rule, h = batch[0][0].route.rule, batch[0][0].route.h
     slots: dict[str, list[Tensor]] = {name: [state[name] for _, _, state in batch] for name in batch[0][2]}
     for counter in slots.get("step", ()):
-        counter.add_(1 if ok is True else ok)
-    found_inf = (~ok).to(torch.float32) if isinstance(ok, Tensor) else None
-    asked = {"step": float(count + 1)} if "step" in keywords(rule.update) else {}
-    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots, **asked)
+        counter.add_(1 if ok is None else ok)
+    found_inf = None if ok is None else (~ok).to(torch.float32)
+    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots)
 
 
 def _step_one(

@@ -108,7 +108,10 @@ def hyper(
 
 def shown(value: Any) -> str:
     """A value as it stands in a sentence: on one line, and short."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not write out a whole number of more than 4300 digits
+        text = f"a {type(value).__name__} of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -114,11 +114,6 @@ class ZooOptimizer(torch.optim.Optimizer):
         """Whether `refresh` runs in the step after `count` completed ones."""
         return False
 
-    @staticmethod
-    def in_place(h: Any, plain: bool) -> bool:
-        """Whether `update`, where there is one, takes these options; `plain`: on the host, and lr is a number."""
-        return True
-
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
         """Where a parameter goes. Asked at construction and whenever options, members or `period` change."""
         return Route(type(self), h)

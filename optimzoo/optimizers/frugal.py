@@ -19,7 +19,6 @@ from optimzoo.core import AdamW, MatrixOptimizer, Route, Slot, hyper
 from optimzoo.core.engine import Member
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional.directions import stateful_direction, stateless_direction
-from optimzoo.functional.part_steps import PIECE, Rate, column_step_, room_for, row_step_, stateless_step_
 from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn
 
 PARTS = ("columns", "rows", "randk", "svd", "random", "block")
@@ -87,27 +86,6 @@ class FRUGAL(MatrixOptimizer):
         u = stateless_direction(rest, h.state_free, h.state_free_lr_scale, out=None if rest is g else rest)
         return put_(u, part, low, h.projection)
 
-    @staticmethod
-    def in_place(h: Any, plain: bool) -> bool:
-        return plain and h.projection in ("columns", "rows") and h.state_full == "adamw" and not h.maximize
-
-    @staticmethod
-    def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-        step: float,
-    ) -> None:
-        rate = Rate(lr, h.weight_decay, h.betas, h.eps, (step - 1) % h.update_gap + 1)
-        move = column_step_ if h.projection == "columns" else row_step_
-        averages = zip(slots["exp_avg"], slots["exp_avg_sq"], strict=True)
-        for w, g, part, (m, v) in zip(ws, gs, slots["part"], averages, strict=True):
-            move(w, g, part, m, v, h.state_free, h.state_free_lr_scale, rate)
-
     def route_matrix(self, p: Tensor, name: str, group: dict[str, Any], h: Any, layout: str) -> Route:
         if 0 < h.density < 1 and h.projection != "block":
             return super().route_matrix(p, name, group, h, layout)
@@ -157,28 +135,6 @@ class Stateless(MatrixOptimizer):
 
     elementwise = True
     slots = staticmethod(lambda shape, h: {})
-
-    @staticmethod
-    def in_place(h: Any, plain: bool) -> bool:
-        return plain and not h.maximize
-
-    @staticmethod
-    def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-    ) -> None:
-        rate = Rate(lr, h.weight_decay, h.betas, h.eps, 1)
-        room = room_for(max(ws, key=Tensor.numel))
-        for w, g in zip(ws, gs, strict=True):
-            w, g = w.view(-1), g.view(-1)
-            for start in range(0, w.numel(), PIECE):
-                piece = slice(start, start + PIECE)
-                stateless_step_(w[piece], g[piece], h.state_free, h.state_free_lr_scale, rate, room)
 
     @staticmethod
     def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:

@@ -95,9 +95,7 @@ class SFT(Entries, LayerOptimizer):
     regrow: str = hyper("gradient", one_of=("gradient", "sm3"), doc="what tells where new entries grow")
     reselect_every: int = hyper(20, ge=1, doc="updates from one exchange of entries to the next")
     accumulate: int = hyper(5, ge=1, doc="updates at the start of each such period that are summed; fewer than it has")
-    rate: float = hyper(
-        0.2, ge=0, le=1, doc="share of the entries exchanged, falling to 0; the first time it is 1; 0 for never"
-    )
+    rate: float = hyper(0.2, ge=0, le=1, doc="share exchanged, falling to 0; the first time it is 1; 0 for never")
     policy: str = hyper("linear", one_of=("linear", "cosine"), doc="how the share falls")
     total_steps: int = hyper(0, ge=1, doc="updates of the whole run; must be given")
 

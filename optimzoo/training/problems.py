@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from optimzoo.core.hyper import nearest
+from optimzoo.core.hyper import nearest, shown
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -28,8 +28,8 @@ def _sentence(finding: Any, root: type[BaseModel]) -> str:
         return f"{key}: {context['error']}" if key else str(context["error"])
     message = finding["msg"].replace("Input should be", "must be")
     value = finding["input"]
-    shown = f"={value!r}" if not isinstance(value, dict) else ""
-    return f"{key}{shown} {message[0].lower()}{message[1:]}"
+    said = f"={shown(value)}" if not isinstance(value, dict) else ""
+    return f"{key}{said} {message[0].lower()}{message[1:]}"
 
 
 def _resolve(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:
