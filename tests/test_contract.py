@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo.core import engine, optimizer, storage
+from optimzoo.core import engine, gradients, optimizer, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
@@ -339,7 +339,7 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
         model = tiny(dtype=dtype)
         opt = build(cls, model)
         if device_path:
-            for module in (engine, optimizer, storage):
+            for module in (engine, gradients, optimizer, storage):
                 monkeypatch.setattr(module, "on_host", lambda t: False)
         for step in range(6):
             give_gradients(model.parameters(), step)

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon
 
 import optimzoo
 from optimzoo import planning
-from optimzoo.core import engine, optimizer, storage
+from optimzoo.core import engine, gradients, optimizer, storage
 from optimzoo.memory import Unplannable, Workspace, ledger
 from optimzoo.modules import convert
 from tests.cases import PLAIN, tiny
@@ -263,8 +263,9 @@ def test_blocks_are_planned_at_their_largest_period(density: float) -> None:
 def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA costs beyond the CPU (kept state of skipped steps, counters on the device) is in a plan for it."""
     plan = optimzoo.plan(tiny(width=64), PLAIN[name], device="cuda")
-    for module in (engine, optimizer, storage):
+    for module in (engine, gradients, optimizer, storage):
         monkeypatch.setattr(module, "on_host", lambda t: False)
+    monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)  # the same products on both
     model = tiny(width=64)
     state, workspace, _ = measured(model, PLAIN[name], tiny_loss)
     assert plan.state == state
@@ -275,7 +276,7 @@ def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPa
 def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of many slices is planned by two of them, and costs no more than some slices either way."""
     if device == "cuda":
-        for module in (engine, optimizer, storage):
+        for module in (engine, gradients, optimizer, storage):
             monkeypatch.setattr(module, "on_host", lambda t: False)
     make = {"adamw": optimzoo.AdamW, "signs": lambda m: optimzoo.FRUGAL(m, density=0.0)}
     for make_one in make.values():
