@@ -237,6 +237,9 @@ class ZooOptimizer(torch.optim.Optimizer):
                 )
             taken.add(p)
         super().add_param_group(group)
+        *others, added = self.param_groups
+        if isinstance(added["lr"], Tensor) and any(other["lr"] is added["lr"] for other in others):
+            added["lr"] = added["lr"].clone()  # a schedule that multiplies would lower a shared one once a group
         if self._plans:
             self._remember()
 
