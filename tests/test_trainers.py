@@ -243,6 +243,7 @@ def on_rank(rank: int, file: Path, alone: dict[str, list[torch.Tensor]]) -> None
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # what the parent had
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # unset, Accelerate sets it and warns
     os.environ["MASTER_ADDR"] = "localhost"  # Accelerate wants one, although a file is where they meet
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     for name, cls in ALL.items():
