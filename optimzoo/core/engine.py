@@ -187,7 +187,7 @@ def _step_one(
         layout = member.route.layout
         full = {name: shards.local(t) if name == ERROR else shards.whole(t) for name, t in state.items()}
         before = _copies(full, ok)
-        w, matrix = as_matrix(_weight(p, rule), layout), as_matrix(shards.whole(g), layout)
+        w, matrix = as_matrix(_weight(p), layout), as_matrix(shards.whole(g), layout)
         u = from_matrix(_direction(member, matrix, w, full, count, seed, ok, extras, first), p, layout)
         change(shards.local(p), shards.part(u, p), error=full.get(ERROR), first=first + shards.offset(p))
         _restore(full, before, ok)
@@ -208,11 +208,9 @@ def _restore(state: State, before: State, ok: Tensor | None) -> None:
             torch.where(ok, state[name], old, out=state[name])
 
 
-def _weight(p: Tensor, rule: Any) -> Tensor:
-    """The whole weight for a rule that reads it; for others, where gathering would cost, one that cannot be read."""
-    if rule.reads_weight or not shards.is_sharded(p):
-        return shards.whole(p)
-    return torch.empty(p.shape, dtype=p.dtype, device="meta")
+def _weight(p: Tensor) -> Tensor:
+    """The weight as rules see it: its shape and dtype, and where gathering it would cost, no values."""
+    return torch.empty(p.shape, dtype=p.dtype, device="meta") if shards.is_sharded(p) else p
 
 
 def _direction(

@@ -5,8 +5,8 @@ where needed, `refresh` with `due`, or `update`. What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
 2. `direction` and `refresh` change their slots in place and never rebind them.
-3. `g` and `w` are read-only (`g` may be `p.grad` itself), and `w` is not read at all without `reads_weight`; what
-   `direction` returns is a tensor of its own.
+3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
+   its values); what `direction` returns is a tensor of its own.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. The direction comes before the learning rate and without weight decay; the engine applies both.
 
@@ -68,7 +68,6 @@ class ZooOptimizer(torch.optim.Optimizer):
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
-    reads_weight: ClassVar[bool] = False  # the rule looks at `w`, which is otherwise not gathered where ranks share it
     decay_after: ClassVar[bool] = False  # decay the stepped weight, not the weight before the step
     releasing = False  # whether backward steps the parameters; set by `release_gradients`
     options: ClassVar[dict[str, Hyper]] = {}
