@@ -14,7 +14,12 @@ from torch import Tensor
 from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.slots import Slot
+from optimzoo.core.storage import on_host
 from optimzoo.functional.moments import adam_direction
+
+# Elements that a CPU's kernel takes together. It rounds the fewer ones at the end of a tensor in another way, and where
+# that end lies depends on how the rows are spread over ranks; so what is too short for a line is filled up to one.
+LINE = 16
 
 
 class AdamW(ZooOptimizer):
@@ -54,13 +59,15 @@ class AdamW(ZooOptimizer):
         *,
         slots: dict[str, list[Tensor]],
     ) -> None:
+        kinds = [ws, gs, slots["exp_avg"], slots["exp_avg_sq"]]
+        ragged = [i for i, w in enumerate(ws) if w.numel() % LINE] if on_host(ws[0]) else []
+        ends = [[_end(tensors[i]) for i in ragged] for tensors in kinds]
+        if ragged:
+            kinds = [[_lines(t) for t in tensors] + more for tensors, more in zip(kinds, ends, strict=True)]
         torch._fused_adamw_(
-            ws,
-            gs,
-            slots["exp_avg"],
-            slots["exp_avg_sq"],
+            *kinds,
             [],
-            slots["step"],
+            [*slots["step"], *(slots["step"][i] for i in ragged)],
             lr=lr,
             beta1=h.betas[0],
             beta2=h.betas[1],
@@ -70,3 +77,17 @@ class AdamW(ZooOptimizer):
             maximize=h.maximize,
             found_inf=found_inf,
         )
+        for tensors, more in ((ws, ends[0]), (slots["exp_avg"], ends[2]), (slots["exp_avg_sq"], ends[3])):
+            for i, stepped in zip(ragged, more, strict=True):
+                rest = tensors[i].view(-1)[tensors[i].numel() // LINE * LINE :]
+                rest.copy_(stepped[: rest.numel()])
+
+
+def _lines(t: Tensor) -> Tensor:
+    """Those elements that fill whole lines."""
+    return t.view(-1)[: t.numel() // LINE * LINE]
+
+
+def _end(t: Tensor) -> Tensor:
+    """A copy of what does not fill a line, with zeros behind it."""
+    return torch.nn.functional.pad(t.view(-1)[t.numel() // LINE * LINE :], (0, -t.numel() % LINE))
