@@ -13,7 +13,7 @@ import pytest
 import optimzoo
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-PICTURES = {"one_optimizer_by_hand": 1, "where_the_bytes_go": 4, "compare_on_one_page": 1}
+PICTURES = {"one_optimizer_by_hand": 1, "where_the_bytes_go": 4, "compare_on_one_page": 1, "will_it_fit": 2}
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
