@@ -379,7 +379,8 @@ def test_list_form_equals_direction(cls):
         for counter in (slots, copies):
             if "step" in counter:
                 counter["step"].fill_(step)
-        cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()})
+        asked = {"step": float(step)} if "step" in engine.keywords(cls.update) else {}
+        cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()}, **asked)
         given = copies | {"step": float(step)}
         u = cls.direction(g, two, h, **{k: given[k] for k in engine.keywords(cls.direction) if k in given})
         apply_update(two, u, lr, h.weight_decay, None, cls.decay_after)

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import os
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -305,6 +306,15 @@ def test_an_aliased_input_is_named_and_warned_about():
     with pytest.warns(UserWarning, match=r"sampling '2' saves no memory"):
         mlp(x).sum().backward()
     mlp(x).sum().backward()  # told once: a second warning would be an error here
+
+
+def test_asking_what_is_saved_keeps_nothing():
+    """Softmax saves its own output: a graph that held it through us would hold itself, and the model, for ever."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1))
+    saved(model, torch.randn(2, 4))
+    weight = weakref.ref(model[0].weight)
+    del model
+    assert weight() is None
 
 
 def test_convert_tells_from_a_batch_where_nothing_can_be_saved():

@@ -14,8 +14,8 @@ from torch import Tensor
 from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.slots import Slot
-from optimzoo.core.storage import on_host
 from optimzoo.functional.moments import adam_direction
+from optimzoo.functional.slices import on_host
 
 # Elements that a CPU's kernel takes together. It rounds the fewer ones at the end of a tensor in another way, and where
 # that end lies depends on how the rows are spread over ranks; so what is too short for a line is filled up to one.

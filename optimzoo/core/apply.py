@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimzoo.core.storage import compute_dtype
 from optimzoo.functional.rounding import stochastic_round_
-from optimzoo.functional.slices import starts
+from optimzoo.functional.slices import pieces
 
 CHUNK = 1 << 18  # elements handled at a time where a temporary is needed: 1 MiB of float32
 
@@ -51,10 +51,9 @@ def apply_update(
         _step_narrow(w, u, lr, keep, after, ok, error, seed, first, lost)
         return
     rest = None if error is None else error.view(-1)
-    for start in starts(line, CHUNK):
-        part = slice(start, start + CHUNK)
+    for part in pieces(line, CHUNK):
         piece = None if rest is None else rest[part]
-        _step_narrow(line[part], update[part], lr, keep, after, ok, piece, seed, first + start, lost)
+        _step_narrow(line[part], update[part], lr, keep, after, ok, piece, seed, first + part.start, lost)
 
 
 def _step_narrow(

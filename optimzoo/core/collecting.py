@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.ranks import alone, from_first_rank, mean_over_ranks
-from optimzoo.core.storage import on_host
 from optimzoo.functional.entries import mass
-from optimzoo.functional.slices import has_values
+from optimzoo.functional.slices import has_values, on_host
 
 
 def fold(state: dict[str, Tensor], layer: Any, p: Tensor, maximize: bool) -> None:

@@ -32,14 +32,13 @@ from optimzoo.core.storage import (
     close_slot,
     compute_dtype,
     is_scale,
-    on_host,
     open_slot,
     slot_names,
     stored,
 )
-from optimzoo.functional.quantize import BLOCK, blocks
+from optimzoo.functional.quantize import BLOCK, block_part
 from optimzoo.functional.random import fold
-from optimzoo.functional.slices import has_values, starts
+from optimzoo.functional.slices import has_values, on_host, piece_size, pieces
 
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
@@ -110,16 +109,19 @@ def run(
         if member.route.rule.elementwise and _by_rows(state, p):
             first, member, g = shards.offset(p), replace(member, p=shards.local(p)), shards.local(g)
             state = {name: shards.local(t) for name, t in state.items()}
-        if not _in_place(member, g, state):
+        if not _in_place(member, g, state, count):
             known = None if ok is True else ok
             _step_one(member, g, state, rate, count, known, extras(p), lost.get(member.name), first)
-        elif ok is True:
-            key = (member.route.rule, member.route.h, member.route.lr_scale, member.p.dtype, member.p.device)
+        elif shards.is_sharded(member.p):
+            _step_gathered(member, g, state, rate, count, ok)
+        elif ok is True and g.numel() < CHUNK:
+            route, p = member.route, member.p
+            key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
             lists[key].append((member, g, state))
         else:
-            _step_list([(member, g, state)], rate, ok)
+            _step_list([(member, g, state)], rate, count, ok)  # at once, while the gradient is in the cache
     for batch in lists.values():
-        _step_list(batch, lr * batch[0][0].route.lr_scale, None)
+        _step_list(batch, lr * batch[0][0].route.lr_scale, count, True)
     return skipped, unknown
 
 
@@ -132,28 +134,45 @@ def _by_rows(state: State, p: Tensor) -> bool:
     )
 
 
-def _in_place(member: Member, g: Tensor, state: State) -> bool:
+def _in_place(member: Member, g: Tensor, state: State, count: int) -> bool:
     """Whether the rule's list form can take this parameter: one wide dtype throughout, one memory layout.
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
-    p = member.p
-    if member.route.rule.update is None or shards.is_sharded(p):
+    p, rule, h = member.p, member.route.rule, member.route.h
+    if rule.update is None or not rule.in_place(h, on_host(p)) or member.route.layout == "transposed":
+        return False
+    if rule.refresh is not None and rule.due(count, h):
         return False
     if g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False
-    return all(t.dtype == p.dtype for name, t in state.items() if name != "step")
+    return all(t.dtype in (p.dtype, torch.int32) for name, t in state.items() if name != "step")  # indices are int32
 
 
-def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, ok: Tensor | None) -> None:
-    rule, h = batch[0][0].route.rule, batch[0][0].route.h
+def _step_list(batch: list[tuple[Member, Tensor, State]], lr: float | Tensor, count: int, ok: bool | Tensor) -> None:
+    rule, h, layout = batch[0][0].route.rule, batch[0][0].route.h, batch[0][0].route.layout
     slots: dict[str, list[Tensor]] = {name: [state[name] for _, _, state in batch] for name in batch[0][2]}
     for counter in slots.get("step", ()):
-        counter.add_(1 if ok is None else ok)
-    found_inf = None if ok is None else (~ok).to(torch.float32)
-    rule.update([m.p for m, _, _ in batch], [g for _, g, _ in batch], h, lr, found_inf, slots=slots)
+        counter.add_(1 if ok is True else ok)
+    found_inf = (~ok).to(torch.float32) if isinstance(ok, Tensor) else None
+    asked = {"step": float(count + 1)} if "step" in keywords(rule.update) else {}
+    weights, gradients = zip(*((as_matrix(m.p, layout), as_matrix(g, layout)) for m, g, _ in batch), strict=True)
+    rule.update(list(weights), list(gradients), h, lr, found_inf, slots=slots, **asked)
+
+
+def _step_gathered(member: Member, g: Tensor, state: State, lr: float | Tensor, count: int, ok: bool | Tensor) -> None:
+    """The list form where ranks share a parameter: of the weights each has its own rows, and zeros for the others."""
+    p = member.p
+    full = {name: shards.whole(t) for name, t in state.items()}
+    w = torch.zeros(p.shape, dtype=p.dtype, device=shards.local(p).device)
+    mine = shards.part(w, p)
+    mine.copy_(shards.local(p))
+    _step_list([(replace(member, p=w), shards.whole(g), full)], lr, count, ok)
+    shards.local(p).copy_(mine)
+    for name, t in full.items():
+        shards.keep(t, state[name])
 
 
 def _step_one(
@@ -176,12 +195,12 @@ def _step_one(
         apply_update, lr=lr, weight_decay=h.weight_decay, ok=ok, after=rule.decay_after, seed=chance, lost=lost
     )
     if rule.elementwise and _one_line(p, g, state):
-        for start in starts(p, CHUNK):
-            w, piece = (t.view(-1)[start : start + CHUNK] for t in (p, g))
-            part = _part(state, start)
+        for where in pieces(p, CHUNK):
+            w, piece = (t.view(-1)[where] for t in (p, g))
+            part = _part(state, where)
             before = _copies(part, ok)
-            u = _direction(member, piece, w, part, count, seed, ok, extras, first + start)
-            change(w, u, error=part.get(ERROR), first=first + start)
+            u = _direction(member, piece, w, part, count, seed, ok, extras, first + where.start)
+            change(w, u, error=part.get(ERROR), first=first + where.start)
             _restore(part, before, ok)
     else:
         layout = member.route.layout
@@ -265,17 +284,17 @@ def _one_line(p: Tensor, g: Tensor, state: State) -> bool:
     """Whether weight, gradient and slots are lines of memory of one length, and long enough to be worth slicing."""
     slots = [t for name, t in state.items() if name != "step" and not is_scale(name, state)]
     lines = all(t.is_contiguous() and t.numel() == p.numel() for t in (p, g, *slots))
-    return lines and p.numel() > CHUNK
+    return lines and p.numel() > piece_size(p, CHUNK)
 
 
-def _part(state: State, start: int) -> State:
-    """The slots of `CHUNK` elements, which are whole blocks."""
+def _part(state: State, where: slice) -> State:
+    """The slots of some elements, which are whole blocks."""
     part: State = {}
     for name, t in state.items():
         if name == "step":
             part[name] = t
         elif is_scale(name, state):
-            part[name] = t[start // BLOCK : blocks(start + CHUNK)]
+            part[name] = t[block_part(where)]
         else:
-            part[name] = t.view(-1)[start : start + CHUNK]
+            part[name] = t.view(-1)[where]
     return part

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import shards
-from optimzoo.core.storage import compute_dtype, on_host
-from optimzoo.functional.slices import has_values
+from optimzoo.core.storage import compute_dtype
+from optimzoo.functional.slices import has_values, on_host
 
 if TYPE_CHECKING:
     from optimzoo.core.engine import Member

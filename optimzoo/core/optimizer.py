@@ -1,14 +1,16 @@
 """ZooOptimizer: the one step loop, and the order of everything around a rule.
 
 An optimizer of the zoo is a class with options (`hyper`) and a rule: the static functions `slots`, `direction` and,
-where needed, `refresh` with `due`, or `update`. What a rule promises:
+where needed, `refresh` with `due`, or `update`, which steps a list of weights in place. What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
 2. `direction` and `refresh` change their slots in place and never rebind them.
 3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
    its values); what `direction` returns is a tensor of its own.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
-5. The direction comes before the learning rate and without weight decay; the engine applies both.
+5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
+   depends on that weight and on gradients and slots, not on other weights.
+6. The direction comes before the learning rate and without weight decay; the engine applies both.
 
 In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
 never a missing, sparse or non-finite gradient.
@@ -36,11 +38,10 @@ from optimzoo.core.storage import (
     fill_slot,
     is_scale,
     new_slot,
-    on_host,
     transfer,
 )
 from optimzoo.functional.random import fold
-from optimzoo.functional.slices import has_values
+from optimzoo.functional.slices import has_values, on_host
 from optimzoo.memory import History, Ledger, StepMemory, ledger
 
 
@@ -112,6 +113,11 @@ class ZooOptimizer(torch.optim.Optimizer):
     def due(count: int, h: Any) -> bool:
         """Whether `refresh` runs in the step after `count` completed ones."""
         return False
+
+    @staticmethod
+    def in_place(h: Any, host: bool) -> bool:
+        """Whether `update`, where there is one, is for these options, and for a parameter on the host or elsewhere."""
+        return True
 
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
         """Where a parameter goes. Asked at construction and whenever options, members or `period` change."""

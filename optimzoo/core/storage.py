@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.core import shards
 from optimzoo.core.slots import COARSE_KINDS, Slot
 from optimzoo.functional.quantize import blocks, dequantize, quantize_
 from optimzoo.functional.rounding import stochastic_round_
+from optimzoo.functional.slices import on_host
 
 STATE_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 SCALE = "_scale"  # the codes of `exp_avg` are `exp_avg`, their scales are `exp_avg_scale`
@@ -124,16 +124,6 @@ def _convert(source: State, target: State, name: str, seed: int) -> None:
         codes.copy_(values)
     else:
         quantize_(codes, scale, values.to(codes.device), seed)
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether the step goes the CPU's way, where reading a tensor costs nothing.
-
-    A fake tensor goes the way of the device that its mode stands for, so that what is planned is what will be run.
-    """
-    if isinstance(tensor, FakeTensor) and getattr(tensor.fake_mode, "stands_for", "cpu") != "cpu":
-        return False
-    return tensor.device.type == "cpu"
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

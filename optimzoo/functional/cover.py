@@ -1,14 +1,19 @@
 """Second moments as minima of maxima: one accumulator for each slice of a tensor along each of its axes."""
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+TILE = 16  # rows
 
-def sm3_cover(row: Tensor, col: Tensor) -> Tensor:
-    """(m, 1), (1, n) -> (m, n): the smaller of the two accumulators that cover an entry, as a fresh tensor."""
-    return torch.minimum(row, col)
+
+def sm3_cover(*accumulators: Tensor) -> Tensor:
+    """(m, 1), (1, n) -> (m, n), or more axes: the smallest accumulator that covers an entry, as a fresh tensor."""
+    return functools.reduce(torch.minimum, accumulators)
 
 
 def sm3_shapes(shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -28,15 +33,37 @@ def sm3_update(g: Tensor, accumulators: Sequence[Tensor]) -> Tensor:
     """
     if len(accumulators) == 1:
         return accumulators[0].addcmul_(g, g).clone()
-    nu = sm3_cover(accumulators[0], accumulators[1])
-    for accumulator in accumulators[2:]:
-        nu = torch.minimum(nu, accumulator)
-    nu = nu.expand(g.shape).addcmul(g, g) if nu.shape != g.shape else nu.addcmul_(g, g)
-    for kept, accumulator in enumerate(accumulators):
-        others = [axis for axis in range(g.ndim) if axis != kept]
-        if g.numel():  # a maximum over nothing is an error, and there is nothing to remember
-            accumulator.copy_(nu.amax(others, keepdim=True))
+    nu = sm3_cover(*accumulators).addcmul_(g, g)
+    _remember(nu, accumulators)
     return nu
+
+
+def sm3_step_(
+    w: Tensor, g: Tensor, accumulators: Sequence[Tensor], lr: float, weight_decay: float, eps: float, maximize: bool
+) -> None:
+    """`sm3_update`, decay and w -= lr g / (sqrt(nu) + sqrt(eps)), in place; all contiguous, of one dtype, on the host.
+
+    AdaGrad's fused kernel does it in one sweep, on a "sum" that is the cover. Its eps stands outside of the root.
+    """
+    if weight_decay:
+        w.mul_(1 - lr * weight_decay)
+    nu = accumulators[0] if len(accumulators) == 1 else sm3_cover(*accumulators)
+    how: dict[str, Any] = {"lr": lr, "lr_decay": 0.0, "weight_decay": 0.0, "eps": math.sqrt(eps), "maximize": maximize}
+    torch._fused_adagrad_([w], [g], [nu], [torch.ones(())], **how)
+    if len(accumulators) > 1:
+        _remember(nu, accumulators)
+
+
+def _remember(nu: Tensor, accumulators: Sequence[Tensor]) -> None:
+    """Put the maxima over each axis' slices into its accumulator."""
+    for kept, accumulator in enumerate(accumulators):
+        others = [axis for axis in range(nu.ndim) if axis != kept]
+        if not nu.numel():  # a maximum over nothing is an error, and there is nothing to remember
+            continue
+        tall = nu.ndim == 2 and kept == 1 and nu.shape[0] % TILE == 0
+        # Down whole columns every row is another page of memory; a few rows at a time stay in the nearest cache.
+        rows = nu.view(-1, TILE, nu.shape[1]).amax(1) if tall else nu
+        accumulator.copy_(rows.amax(others, keepdim=True))
 
 
 def sm3_sparse_update(g: Tensor, indices: Tensor, row: Tensor, col: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
     if not signed:
         return rest
     noise = 4 * part.shape[1] ** 0.5 * torch.finfo(g.dtype).eps
-    unit = torch.linalg.vector_norm(g, math.inf).mul_(noise).clamp_min_(torch.finfo(g.dtype).tiny)
+    least, most = torch.aminmax(g)  # the norm of the same name takes seven times as long on a CPU
+    unit = torch.maximum(-least, most).mul_(noise).clamp_min_(torch.finfo(g.dtype).tiny)
     return rest.div_(unit).trunc_()
 
 

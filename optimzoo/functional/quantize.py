@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.functional.random import hash16
-from optimzoo.functional.slices import starts
+from optimzoo.functional.slices import pieces
 
 BLOCK = 128
 _CHUNK = 1 << 16  # elements handled at a time, whole blocks: temporaries do not grow with the tensor
@@ -25,6 +25,11 @@ def blocks(n: int) -> int:
     return -(-n // BLOCK)
 
 
+def block_part(part: slice) -> slice:
+    """The scales of a part of a tensor that begins with a block."""
+    return slice(part.start // BLOCK, blocks(part.stop))
+
+
 def quantize_(codes: Tensor, scale: Tensor, source: Tensor, seed: int | Tensor, first: int = 0) -> None:
     """codes (...) int8 (signed) or uint8, scale (blocks,) <- source (...); the draw is a function of (seed, position).
 
@@ -33,11 +38,10 @@ def quantize_(codes: Tensor, scale: Tensor, source: Tensor, seed: int | Tensor, 
     A block with an infinity or NaN gets a scale that is none either, so nothing finite comes out of it.
     """
     line, exact = codes.view(-1), source.reshape(-1)
-    for start in starts(line, _CHUNK):
-        piece = exact[start : start + _CHUNK].to(torch.float32)
-        found, scales = _encode(piece, codes.dtype == torch.int8, seed, first + start)
-        line[start : start + _CHUNK].copy_(found)
-        scale[start // BLOCK : blocks(start + _CHUNK)].copy_(scales)
+    for part in pieces(line, _CHUNK):
+        found, scales = _encode(exact[part].to(torch.float32), codes.dtype == torch.int8, seed, first + part.start)
+        line[part].copy_(found)
+        scale[block_part(part)].copy_(scales)
 
 
 def _encode(x: Tensor, signed: bool, seed: int | Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -65,9 +69,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     """codes (...), scale (blocks,) -> (...), a tensor of its own."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     line, values = codes.view(-1), out.view(-1)
-    for start in starts(line, _CHUNK):
-        piece, scales = values[start : start + _CHUNK], scale[start // BLOCK : blocks(start + _CHUNK)]
-        piece.copy_(line[start : start + _CHUNK])
+    for part in pieces(line, _CHUNK):
+        piece, scales = values[part], scale[block_part(part)]
+        piece.copy_(line[part])
         if codes.dtype == torch.int8:
             piece.mul_(piece.abs()).div_(127**2)
         else:

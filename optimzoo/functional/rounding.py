@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.functional.random import hash16
-from optimzoo.functional.slices import starts
+from optimzoo.functional.slices import pieces
 
 _CHUNK = 1 << 16  # elements rounded at a time: the random bits need 8 bytes each
 
@@ -19,10 +19,10 @@ def stochastic_round_(target: Tensor, source: Tensor, seed: int | Tensor, first:
     if target.dtype != torch.bfloat16 or not target.is_contiguous():
         return target.copy_(source)
     flat, exact = target.view(-1), source.reshape(-1)
-    for start in starts(flat, _CHUNK):
-        piece = exact[start : start + _CHUNK].to(torch.float32, copy=True)
+    for part in pieces(flat, _CHUNK):
+        piece = exact[part].to(torch.float32, copy=True)
         bits = piece.view(torch.int32)
-        noise = hash16(piece.numel(), seed, piece.device, first + start).to(torch.int32)
+        noise = hash16(piece.numel(), seed, piece.device, first + part.start).to(torch.int32)
         rounded = (bits + noise).bitwise_and_(-0x10000).view(torch.float32)
-        flat[start : start + _CHUNK].copy_(torch.where(piece.isfinite(), rounded, piece))
+        flat[part].copy_(torch.where(piece.isfinite(), rounded, piece))
     return target

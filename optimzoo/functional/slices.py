@@ -1,7 +1,9 @@
-"""Long tensors a slice at a time, so that temporaries do not grow with them."""
+"""Long tensors a piece at a time, so that temporaries do not grow with them."""
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+DEVICE_PIECE = 1 << 22  # elements: with fewer, launching kernels takes longer than running them
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -9,10 +11,26 @@ def has_values(tensor: Tensor) -> bool:
     return not (isinstance(tensor, FakeTensor) or tensor.device.type == "meta")
 
 
-def starts(tensor: Tensor, size: int) -> range:
-    """Where the slices of `size` elements of the tensor begin.
+def on_host(tensor: Tensor) -> bool:
+    """Whether the step goes the CPU's way, where reading a tensor costs nothing.
+
+    A fake tensor goes the way of the device that its mode stands for, so that what is planned is what will be run.
+    """
+    if isinstance(tensor, FakeTensor) and getattr(tensor.fake_mode, "stands_for", "cpu") != "cpu":
+        return False
+    return tensor.device.type == "cpu"
+
+
+def piece_size(tensor: Tensor, size: int) -> int:
+    """Elements handled at a time: `size` on a CPU, whose caches are small, more on a device."""
+    return size if on_host(tensor) else max(size, DEVICE_PIECE)
+
+
+def pieces(tensor: Tensor, size: int) -> list[slice]:
+    """The pieces of a line of memory, of `size` elements on a CPU.
 
     Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
     """
-    every = range(0, tensor.numel(), size)
-    return every if has_values(tensor) else every[:2]
+    step = piece_size(tensor, size)
+    every = range(0, tensor.numel(), step)
+    return [slice(start, start + step) for start in (every if has_values(tensor) else every[:2])]

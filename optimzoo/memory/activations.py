@@ -105,7 +105,7 @@ def saved(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | 
     current_op = [""]
 
     def pack(tensor: Tensor) -> _Packed:
-        item = _Packed(tensor, stack[-1])
+        item = _Packed(tensor.detach(), stack[-1])  # an output knows its node, and the two would keep each other alive
         packed.append(ref(item))
         return item
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import AdamW, MatrixOptimizer, Route, Slot, hyper
+from optimzoo.core.apply import apply_update
 from optimzoo.core.engine import Member
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional.directions import stateful_direction, stateless_direction
+from optimzoo.functional.part_steps import RestStep, step_columns_, step_lines_, step_rows_
 from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn
 
 PARTS = ("columns", "rows", "randk", "svd", "random", "block")
@@ -86,6 +88,33 @@ class FRUGAL(MatrixOptimizer):
         u = stateless_direction(rest, h.state_free, h.state_free_lr_scale, out=None if rest is g else rest)
         return put_(u, part, low, h.projection)
 
+    @staticmethod
+    def in_place(h: Any, host: bool) -> bool:
+        return h.projection in ("columns", "rows") and h.state_full == "adamw"
+
+    @staticmethod
+    def update(
+        ws: list[Tensor],
+        gs: list[Tensor],
+        h: Any,
+        lr: float | Tensor,
+        found_inf: Tensor | None,
+        *,
+        slots: dict[str, list[Tensor]],
+        step: float,
+    ) -> None:
+        move = step_columns_ if h.projection == "columns" else step_rows_
+        tau = (step - 1) % h.update_gap + 1
+
+        def part(w: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+            counter = torch.full((), tau, dtype=torch.float32, device=w.device)
+            averages = {"exp_avg": [exp_avg], "exp_avg_sq": [exp_avg_sq], "step": [counter]}
+            AdamW.update([w], [g], h, lr, found_inf, slots=averages)
+
+        lists = (ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"])
+        for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
+            move(w, g, chosen, exp_avg, exp_avg_sq, part, _stateless_step(h, lr, found_inf))
+
     def route_matrix(self, p: Tensor, name: str, group: dict[str, Any], h: Any, layout: str) -> Route:
         if 0 < h.density < 1 and h.projection != "block":
             return super().route_matrix(p, name, group, h, layout)
@@ -139,3 +168,27 @@ class Stateless(MatrixOptimizer):
     @staticmethod
     def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
         return stateless_direction(g, h.state_free, h.state_free_lr_scale)
+
+    @staticmethod
+    def update(
+        ws: list[Tensor],
+        gs: list[Tensor],
+        h: Any,
+        lr: float | Tensor,
+        found_inf: Tensor | None,
+        *,
+        slots: dict[str, list[Tensor]],
+    ) -> None:
+        for w, g in zip(ws, gs, strict=True):
+            step_lines_(w, g, _stateless_step(h, lr, found_inf))
+
+
+def _stateless_step(h: Any, lr: float | Tensor, found_inf: Tensor | None) -> RestStep:
+    """The step of the rule without state, for some weights and room for their direction."""
+    ok = None if found_inf is None else found_inf == 0
+
+    def step(w: Tensor, g: Tensor, room: Tensor) -> None:
+        u = stateless_direction(g, h.state_free, h.state_free_lr_scale, out=room[: g.numel()].view(g.shape))
+        apply_update(w, u.neg_() if h.maximize else u, lr, h.weight_decay, ok, after=False)
+
+    return step

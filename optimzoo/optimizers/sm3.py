@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optimzoo.core import Slot, ZooOptimizer, hyper
 from optimzoo.core.hyper import SMALLEST
-from optimzoo.functional.cover import sm3_shapes, sm3_update
+from optimzoo.functional.cover import sm3_shapes, sm3_step_, sm3_update
 
 
 class SM3(ZooOptimizer):
@@ -39,8 +39,30 @@ class SM3(ZooOptimizer):
 
     @staticmethod
     def direction(g: Tensor, w: Tensor, h: Any, *, slices: Tensor, momentum: Tensor | None = None) -> Tensor:
-        shapes = sm3_shapes(g.shape)
-        parts = slices.split([math.prod(shape) for shape in shapes])  # of a matrix: its rows, then its columns
-        nu = sm3_update(g, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+        nu = sm3_update(g, _accumulators(slices, g.shape))
         u = nu.add_(h.eps).rsqrt_().mul_(g)
         return u if momentum is None else u.copy_(momentum.lerp_(u, 1 - h.momentum))
+
+    @staticmethod
+    def in_place(h: Any, host: bool) -> bool:
+        return host and not h.momentum
+
+    @staticmethod
+    def update(
+        ws: list[Tensor],
+        gs: list[Tensor],
+        h: Any,
+        lr: float,
+        found_inf: Tensor | None,
+        *,
+        slots: dict[str, list[Tensor]],
+    ) -> None:
+        for w, g, slices in zip(ws, gs, slots["slices"], strict=True):
+            sm3_step_(w, g, _accumulators(slices, g.shape), lr, h.weight_decay, h.eps, h.maximize)
+
+
+def _accumulators(slices: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """The views of the one slot that cover a tensor of that shape: of a matrix, its rows and its columns."""
+    shapes = sm3_shapes(shape)
+    parts = slices.split([math.prod(size) for size in shapes])
+    return [part.view(size) for part, size in zip(parts, shapes, strict=True)]
