@@ -65,7 +65,10 @@ class AdamW(ZooOptimizer):
         if ragged:
             kinds = [[_lines(t) for t in tensors] + more for tensors, more in zip(kinds, ends, strict=True)]
         torch._fused_adamw_(
-            *kinds,
+            kinds[0],
+            kinds[1],
+            kinds[2],
+            kinds[3],
             [],
             [*slots["step"], *(slots["step"][i] for i in ragged)],
             lr=lr,
@@ -79,7 +82,7 @@ class AdamW(ZooOptimizer):
         )
         for tensors, more in ((ws, ends[0]), (slots["exp_avg"], ends[2]), (slots["exp_avg_sq"], ends[3])):
             for i, stepped in zip(ragged, more, strict=True):
-                rest = tensors[i].view(-1)[tensors[i].numel() // LINE * LINE :]
+                rest = _rest(tensors[i])
                 rest.copy_(stepped[: rest.numel()])
 
 
@@ -88,6 +91,11 @@ def _lines(t: Tensor) -> Tensor:
     return t.view(-1)[: t.numel() // LINE * LINE]
 
 
+def _rest(t: Tensor) -> Tensor:
+    """The elements behind them."""
+    return t.view(-1)[t.numel() // LINE * LINE :]
+
+
 def _end(t: Tensor) -> Tensor:
-    """A copy of what does not fill a line, with zeros behind it."""
-    return torch.nn.functional.pad(t.view(-1)[t.numel() // LINE * LINE :], (0, -t.numel() % LINE))
+    """A copy of these, filled up to a line with zeros."""
+    return torch.nn.functional.pad(_rest(t), (0, -t.numel() % LINE))
