@@ -149,8 +149,11 @@ def _drive(
         while pending:
             waiting = [future for futures in pending.values() for future in futures if not future.done()]
             wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for name, steps, home in (part for future, part in folders.items() if future.running() or future.done()):
+            for future in [future for future in folders if future.running() or future.done()]:
+                ended, (name, steps, home) = future.done(), folders[future]
                 watch.look(name, steps, home.rows())
+                if ended:  # before its last rows were read
+                    del folders[future]
             for label in [label for label, futures in pending.items() if all(future.done() for future in futures)]:
                 go_on(label, [future.result() for future in pending.pop(label)])
     except BrokenProcessPool as error:
