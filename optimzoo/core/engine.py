@@ -6,8 +6,8 @@ Three ways, chosen per parameter:
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
 * everything else one matrix at a time.
 
-Where ranks share a parameter by rows, element-wise rules see this rank's rows. For all others the gradient and the slots
-are gathered, every rank computes the same, and each keeps its rows of what comes out.
+Where ranks share a parameter by rows, element-wise rules see this rank's rows. For all others the gradient and the
+slots are gathered, every rank computes the same, and each keeps its rows of what comes out.
 """
 
 import functools
