@@ -114,12 +114,12 @@ def run(
             _step_one(member, g, state, rate, count, known, extras(p), lost.get(member.name), first)
         elif shards.is_sharded(member.p):
             _step_gathered(member, g, state, rate, count, ok)
-        elif ok is True and g.numel() < CHUNK:
+        elif ok is True:
             route, p = member.route, member.p
             key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
             lists[key].append((member, g, state))
         else:
-            _step_list([(member, g, state)], rate, count, ok)  # at once, while the gradient is in the cache
+            _step_list([(member, g, state)], rate, count, ok)
     for batch in lists.values():
         _step_list(batch, lr * batch[0][0].route.lr_scale, count, True)
     return skipped, unknown

@@ -9,29 +9,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # elements handled at a time: 4 MiB of float32; with fewer, threads wait longer than they work
+from optimzoo.functional.slices import piece_size, pieces
+
+PIECE = 1 << 18  # elements handled at a time on a CPU: with half of them, threads wait longer than they work
 
 PartStep = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # weights, gradients and two averages, of one shape
 RestStep = Callable[[Tensor, Tensor, Tensor], None]  # weights and gradients of one shape, room for as many elements
 
 
 def room_for(w: Tensor) -> Tensor:
-    """One piece of scratch for a matrix (m, n): `PIECE` elements, at least a row, at most all of it."""
-    return torch.empty(min(w.numel(), max(PIECE, w.shape[-1])), dtype=w.dtype, device=w.device)
+    """One piece of scratch for a matrix (m, n), at least a row, at most all of it."""
+    return torch.empty(min(w.numel(), max(piece_size(w, PIECE), w.shape[-1])), dtype=w.dtype, device=w.device)
+
+
+def _rows(w: Tensor) -> int:
+    """Rows in a piece."""
+    return max(1, piece_size(w, PIECE) // w.shape[1])
 
 
 def step_lines_(w: Tensor, g: Tensor, rest: RestStep) -> None:
     """`rest` on all of w (m, n), piece by piece."""
     room, w, g = room_for(w), w.view(-1), g.view(-1)
-    for start in range(0, w.numel(), PIECE):
-        rest(w[start : start + PIECE], g[start : start + PIECE], room)
+    for part in pieces(w, PIECE):
+        rest(w[part], g[part], room)
 
 
 def step_columns_(
     w: Tensor, g: Tensor, columns: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, part: PartStep, rest: RestStep
 ) -> None:
     """`part` on the columns (k,) of w (m, n), whose averages are (m, k); `rest` on the others."""
-    room, rows = room_for(w), max(1, PIECE // w.shape[1])
+    room, rows = room_for(w), _rows(w)
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
         index = columns.long().expand(w[block].shape[0], -1)  # gather is what runs on all threads
@@ -46,7 +53,7 @@ def step_rows_(
     w: Tensor, g: Tensor, chosen: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, part: PartStep, rest: RestStep
 ) -> None:
     """`part` on the rows (k,) of w (m, n), whose averages are (k, n); `rest` on the others."""
-    room, rows = room_for(w), max(1, PIECE // w.shape[1])
+    room, rows = room_for(w), _rows(w)
     low = w.index_select(0, chosen)
     for start in range(0, low.shape[0], rows):
         block = slice(start, start + rows)
