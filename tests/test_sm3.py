@@ -33,13 +33,13 @@ def run(p: nn.Parameter, opt: SM3, steps: list[Tensor]) -> list[Tensor]:
     return path
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"eps": 1e-4}])
 @pytest.mark.parametrize("shape", [(5, 6), (1, 6), (12, 3)])
-def test_follows_the_reference(shape: tuple[int, int], momentum: float) -> None:
+def test_follows_the_reference(shape: tuple[int, int], options: dict[str, float]) -> None:
     p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     start, steps = p.detach().clone(), gradients(shape, 9)
-    path = run(p, SM3([("w", p)], lr=1e-2, momentum=momentum), steps)
-    wanted = reference.trajectory(start.numpy(), [g.numpy() for g in steps], lr=1e-2, momentum=momentum)
+    path = run(p, SM3([("w", p)], lr=1e-2, **options), steps)
+    wanted = reference.trajectory(start.numpy(), [g.numpy() for g in steps], lr=1e-2, **options)
     np.testing.assert_allclose(np.stack([w.numpy() for w in path]), wanted, rtol=1e-12, atol=1e-14)
 
 

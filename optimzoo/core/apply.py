@@ -93,8 +93,7 @@ def _kept(lr: float | Tensor, weight_decay: float, ok: Tensor | None) -> float |
     """The factor 1 - lr * weight_decay, None when nothing decays; 1 where the step is skipped."""
     if weight_decay == 0:
         return None
-    keep = 1 - lr * weight_decay
-    return keep if ok is None else torch.where(ok, keep, 1.0)
+    return 1 - lr * weight_decay * (1 if ok is None else ok.to(torch.float64))
 
 
 def _step_and_decay(w: Tensor, u: Tensor, lr: float | Tensor, keep: float | Tensor | None, after: bool) -> None:
