@@ -26,7 +26,7 @@ class AdamW(ZooOptimizer):
     """Adam with decoupled weight decay; remembers two averages of each parameter's shape and a counter.
 
     The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where weight, gradient and state share
-    one dtype the fused kernel of PyTorch does the step, without workspace but for the last line of a tensor of odd length.
+    one dtype the fused kernel of PyTorch does the step, without workspace but for the end of a tensor of odd length.
     """
 
     lr: float = hyper(1e-3, ge=0, doc="step size")
