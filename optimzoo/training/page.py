@@ -100,11 +100,14 @@ def draw_pareto(methods: Sequence[Method], path: Path) -> None:
             best.append((held, loss))
     if best:
         axes.plot(*zip(*best, strict=True), color="#888888", linewidth=1, linestyle="--", zorder=0)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    sizes = [held for held, _ in points]
+    if sizes and max(sizes) > 4 * min(sizes):  # a narrower axis would have no numbers
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.15, y=0.08)
     axes.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats a token)")
-    axes.set_title("loss against bytes, each at its best learning rate", loc="left", fontsize=10)
+    swept = any("best" in method for method in methods)
+    axes.set_title("loss against bytes" + swept * ", each at its best learning rate", loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     _label(drawing, axes, [(method["label"], point) for method, point in zip(shown, points, strict=True)])
     save(drawing, path)
