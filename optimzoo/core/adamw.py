@@ -64,11 +64,12 @@ class AdamW(ZooOptimizer):
         ends = [[_end(tensors[i]) for i in ragged] for tensors in kinds]
         if ragged:
             kinds = [[_lines(t) for t in tensors] + more for tensors, more in zip(kinds, ends, strict=True)]
+        weights, gradients, first, second = kinds
         torch._fused_adamw_(
-            kinds[0],
-            kinds[1],
-            kinds[2],
-            kinds[3],
+            weights,
+            gradients,
+            first,
+            second,
             [],
             [*slots["step"], *(slots["step"][i] for i in ragged)],
             lr=lr,

@@ -38,10 +38,10 @@ def step_columns_(
     w: Tensor, g: Tensor, columns: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, part: PartStep, rest: RestStep
 ) -> None:
     """`part` on the columns (k,) of w (m, n), whose averages are (m, k); `rest` on the others."""
-    room, rows = room_for(w), _rows(w)
+    room, rows, places = room_for(w), _rows(w), columns.long()
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
-        index = columns.long().expand(w[block].shape[0], -1)  # gather is what runs on all threads
+        index = places.expand(w[block].shape[0], -1)  # gather is what runs on all threads
         low = w[block].gather(1, index)
         taken = torch.gather(g[block], 1, index, out=room[: index.numel()].view(index.shape))
         part(low, taken, exp_avg[block], exp_avg_sq[block])

@@ -1,4 +1,4 @@
-"""Long tensors a piece at a time, so that temporaries do not grow with them."""
+"""Where a tensor lives and whether it has values; long ones a piece at a time, so that temporaries stay small."""
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor

@@ -111,9 +111,10 @@ class FRUGAL(MatrixOptimizer):
             averages = {"exp_avg": [exp_avg], "exp_avg_sq": [exp_avg_sq], "step": [counter]}
             AdamW.update([w], [g], h, lr, found_inf, slots=averages)
 
+        rest = _stateless_step(h, lr, found_inf)
         lists = (ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"])
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
-            move(w, g, chosen, exp_avg, exp_avg_sq, part, _stateless_step(h, lr, found_inf))
+            move(w, g, chosen, exp_avg, exp_avg_sq, part, rest)
 
     def route_matrix(self, p: Tensor, name: str, group: dict[str, Any], h: Any, layout: str) -> Route:
         if 0 < h.density < 1 and h.projection != "block":
@@ -179,8 +180,9 @@ class Stateless(MatrixOptimizer):
         *,
         slots: dict[str, list[Tensor]],
     ) -> None:
+        rest = _stateless_step(h, lr, found_inf)
         for w, g in zip(ws, gs, strict=True):
-            step_lines_(w, g, _stateless_step(h, lr, found_inf))
+            step_lines_(w, g, rest)
 
 
 def _stateless_step(h: Any, lr: float | Tensor, found_inf: Tensor | None) -> RestStep:
