@@ -20,7 +20,7 @@ from optimzoo.core.apply import apply_update
 from optimzoo.core.engine import Member
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional.directions import stateful_direction, stateless_direction
-from optimzoo.functional.part_steps import RestStep, step_columns_, step_lines_, step_rows_
+from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_rows_
 from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn
 
 PARTS = ("columns", "rows", "randk", "svd", "random", "block")
@@ -105,16 +105,18 @@ class FRUGAL(MatrixOptimizer):
     ) -> None:
         move = step_columns_ if h.projection == "columns" else step_rows_
         tau = (step - 1) % h.update_gap + 1
+        up = h._replace(weight_decay=0.0)
 
-        def part(w: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-            counter = torch.full((), tau, dtype=torch.float32, device=w.device)
+        def part(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+            u, counter = torch.zeros_like(g), torch.full((), tau, dtype=torch.float32, device=g.device)
             averages = {"exp_avg": [exp_avg], "exp_avg_sq": [exp_avg_sq], "step": [counter]}
-            AdamW.update([w], [g], h, lr, found_inf, slots=averages)
+            AdamW.update([u], [g], up, -1.0, found_inf, slots=averages)  # what is at 0 ends at its own direction
+            return u
 
-        rest = _stateless_step(h, lr, found_inf)
+        rest, change = _stateless_step(h, lr, found_inf)
         lists = (ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"])
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
-            move(w, g, chosen, exp_avg, exp_avg_sq, part, rest)
+            move(w, g, chosen, exp_avg, exp_avg_sq, part, rest, change)
 
     def route_matrix(self, p: Tensor, name: str, group: dict[str, Any], h: Any, layout: str) -> Route:
         if 0 < h.density < 1 and h.projection != "block":
@@ -180,17 +182,17 @@ class Stateless(MatrixOptimizer):
         *,
         slots: dict[str, list[Tensor]],
     ) -> None:
-        rest = _stateless_step(h, lr, found_inf)
+        rest, change = _stateless_step(h, lr, found_inf)
         for w, g in zip(ws, gs, strict=True):
-            step_lines_(w, g, rest)
+            step_lines_(w, g, rest, change)
 
 
-def _stateless_step(h: Any, lr: float | Tensor, found_inf: Tensor | None) -> RestStep:
-    """The step of the rule without state, for some weights and room for their direction."""
+def _stateless_step(h: Any, lr: float | Tensor, found_inf: Tensor | None) -> tuple[RestDirection, Change]:
+    """The direction of the rule without state, in room that is given, and what moves weights by a direction."""
     ok = None if found_inf is None else found_inf == 0
 
-    def step(w: Tensor, g: Tensor, room: Tensor) -> None:
+    def rest(g: Tensor, room: Tensor) -> Tensor:
         u = stateless_direction(g, h.state_free, h.state_free_lr_scale, out=room[: g.numel()].view(g.shape))
-        apply_update(w, u.neg_() if h.maximize else u, lr, h.weight_decay, ok, after=False)
+        return u.neg_() if h.maximize else u
 
-    return step
+    return rest, partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=ok, after=False)
