@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import optimzoo
 from optimzoo.core import AdamW, ZooOptimizer, storage
-from optimzoo.core.engine import specs
+from optimzoo.core.member import specs
 from optimzoo.core.slots import COARSE_KINDS
 from tests.cases import ALL, build, loss_of, same, tiny, weights
 from tests.test_contract import reload

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo.core import engine, gradients, optimizer, storage
+from optimzoo.core import engine, gradients, member, optimizer, steps, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
@@ -123,9 +123,9 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
     given = slots | {"step": 1.0, "seed": 3}
     g, w = torch.randn(shape), torch.randn(shape)
     if cls.refresh is not None:
-        cls.refresh(g, w, h, **{k: given[k] for k in engine.keywords(cls.refresh) if k in given})
+        cls.refresh(g, w, h, **{k: given[k] for k in steps.keywords(cls.refresh) if k in given})
     g_before, w_before = g.clone(), w.clone()
-    u = cls.direction(g, w, h, **{k: given[k] for k in engine.keywords(cls.direction) if k in given})
+    u = steps.direct(cls, g, w, h, steps.asked(steps.first_stage(cls), given))
     assert torch.equal(g, g_before)
     assert torch.equal(w, w_before)
     assert {name: t.data_ptr() for name, t in slots.items()} == places
@@ -157,7 +157,7 @@ def test_bytes_planned_measured_and_counted_agree(cls, dtype, state_dtype, round
         assert set(book.by("kind")) <= set(KINDS)
         assert "other" not in book.by("kind")
         averages = [e for e in book.entries if e.kind in COARSE_KINDS and e.nbytes > 32 * e.dtype.itemsize]
-        moving = {(m.name, key) for _, m in opt.begin().values() for key, slot in engine.specs(m).items() if slot.moves}
+        moving = {(m.name, key) for _, m in opt.begin().values() for key, slot in member.specs(m).items() if slot.moves}
         for e in averages if state_dtype == "int8" else ():
             assert e.dtype.itemsize == (4 if (e.param, e.key) in moving else 1), (e.param, e.key)
         train(model, opt, step, step + 1)
@@ -339,7 +339,7 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
         model = tiny(dtype=dtype)
         opt = build(cls, model)
         if device_path:
-            for module in (engine, gradients, optimizer, storage):
+            for module in (engine, gradients, optimizer, steps, storage):
                 monkeypatch.setattr(module, "on_host", lambda t: False)
         for step in range(6):
             give_gradients(model.parameters(), step)
@@ -379,10 +379,10 @@ def test_list_form_equals_direction(cls):
         for counter in (slots, copies):
             if "step" in counter:
                 counter["step"].fill_(step)
-        asked = {"step": float(step)} if "step" in engine.keywords(cls.update) else {}
+        asked = {"step": float(step)} if "step" in steps.keywords(cls.update) else {}
         cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()}, **asked)
         given = copies | {"step": float(step)}
-        u = cls.direction(g, two, h, **{k: given[k] for k in engine.keywords(cls.direction) if k in given})
+        u = steps.direct(cls, g, two, h, steps.asked(steps.first_stage(cls), given))
         apply_update(two, u, lr, h.weight_decay, None, cls.decay_after)
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 
@@ -391,12 +391,11 @@ def test_list_form_equals_direction(cls):
 def test_compiles_whole_and_once(cls):
     h, shape = cls.hypers({}), (16, 24)
     slots = {k: storage.new_slot(s, torch.empty(shape), None, 1) for k, s in cls.slots(shape, h).items()}
-    wanted = engine.keywords(cls.direction)
-    counter = torch.zeros((), dtype=torch.float64)
+    wanted, counter = steps.keywords(steps.first_stage(cls)), torch.zeros((), dtype=torch.float64)
 
     def step(g, w, lr, counter, slots):
         given = slots | {"step": counter}
-        u = cls.direction(g, w, h, **{k: given[k] for k in wanted if k in given})
+        u = steps.direct(cls, g, w, h, {k: given[k] for k in wanted if k in given})
         return w.sub_(u * lr)
 
     torch._dynamo.reset()
@@ -408,8 +407,11 @@ def test_compiles_whole_and_once(cls):
 
 
 @plain
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("layers", [2, 8])
-def test_workspace_is_bounded_by_the_largest_matrix(cls, layers):
+def test_workspace_is_bounded_by_the_largest_matrix(cls, layers, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many matrices are stacked
+    monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
     largest = 256 * 512 * 4
     model = nn.Sequential(*(nn.Linear(512, 256, bias=False) for _ in range(layers)))
     opt = cls(model)
@@ -421,6 +423,31 @@ def test_workspace_is_bounded_by_the_largest_matrix(cls, layers):
         with Workspace() as space:
             opt.step()
         assert space.peak <= cls.workspace * largest
+
+
+@plain
+@precisions
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_matrices_of_one_shape_step_as_each_of_them_alone(cls, dtype, shape, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
+    stacks, size = [], steps._stack_size
+    monkeypatch.setattr(steps, "_stack_size", lambda *args: stacks.append(size(*args)) or stacks[-1])
+
+    def stepped(count, among):
+        named = [(f"w{i}", nn.Parameter(torch.ones(shape, dtype=dtype))) for i in range(5)]
+        largest = nn.Parameter(torch.ones(160, 160, dtype=dtype))  # what it would take is the room for stacks
+        optimizers = [cls([*pairs, ("largest", largest)], lr=0.1) for pairs in among(named)]
+        for step in range(count):
+            give_gradients([p for _, p in named] + [largest], step)
+            for opt in optimizers:
+                opt.step()
+        return [p for _, p in named]
+
+    together = stepped(3, lambda named: [named])
+    alone = stepped(3, lambda named: [[pair] for pair in named])
+    assert same(together, alone)
+    assert cls.prepare is None or max(stacks) > 1
 
 
 @plain

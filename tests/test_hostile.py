@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import optimzoo
 from optimzoo.core import ZooOptimizer, storage
-from optimzoo.core.engine import specs
+from optimzoo.core.member import specs
 from tests.cases import ALL, build
 from tests.scenes import BAD, Scene, scenes
 from tests.test_contract import reload

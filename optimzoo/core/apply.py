@@ -75,9 +75,10 @@ def _step_narrow(
     _step_and_decay(exact, u, lr, keep, after)
     rounded = exact.to(w.dtype) if seed is None else stochastic_round_(_line_like(w), exact, seed, first)
     if error is not None:
+        left = exact - rounded
         if ok is not None:  # half a unit, rounded itself, may be enough to move a weight that was to be left alone
-            rounded = torch.where(ok, rounded, w)
-        error.copy_(exact - rounded)
+            rounded, left = torch.where(ok, rounded, w), torch.where(ok, left, error)
+        error.copy_(left)
     w.copy_(rounded)
     if lost is not None:
         now = w.to(u.dtype) if error is None else w.to(u.dtype).add_(error)

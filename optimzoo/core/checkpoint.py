@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.engine import Member, specs
 from optimzoo.core.groups import GROUP_KEYS
 from optimzoo.core.hyper import shown
+from optimzoo.core.member import Member, specs
 from optimzoo.core.routing import LAYOUTS, clean_name
 from optimzoo.core.shards import local
 from optimzoo.core.slots import COARSE_KINDS

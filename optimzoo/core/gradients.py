@@ -12,7 +12,7 @@ from optimzoo.core.storage import compute_dtype
 from optimzoo.functional.slices import has_values, on_host
 
 if TYPE_CHECKING:
-    from optimzoo.core.engine import Member
+    from optimzoo.core.member import Member
 
 
 def check_gradient(p: Tensor, name: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from optimzoo.core.engine import Member
 from optimzoo.core.matrix import MatrixOptimizer
+from optimzoo.core.member import Member
 from optimzoo.core.routing import clean_name
 from optimzoo.core.shards import is_sharded
 from optimzoo.core.slots import Slot

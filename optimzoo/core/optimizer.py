@@ -1,12 +1,16 @@
 """ZooOptimizer: the one step loop, and the order of everything around a rule.
 
 An optimizer of the zoo is a class with options (`hyper`) and a rule: the static functions `slots`, `direction` and,
-where needed, `refresh` with `due`, or `update`, which steps a list of weights in place. What a rule promises:
+where needed, `refresh` with `due`, or `update`, which steps a list of weights in place. A rule that lives on products
+of matrices is written in stages in place of `direction`, so that several matrices of one shape go through them at once:
+`prepare` returns x and what else `conclude` needs, `products(h)` is the function from x, or from a batch of them, to
+what `conclude` makes a direction of.
+What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
-2. `direction` and `refresh` change their slots in place and never rebind them.
+2. `direction`, `refresh` and `prepare` change their slots in place and never rebind them; no other stage does.
 3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
-   its values); what `direction` returns is a tensor of its own.
+   its values); what `direction` returns is a tensor of its own. `products` may use its matrix up.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
    depends on that weight and on gradients and slots, not on other weights.
@@ -25,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import checkpoint
-from optimzoo.core.engine import Member, run, specs
+from optimzoo.core.engine import run
 from optimzoo.core.gradients import check_gradient
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
 from optimzoo.core.hyper import Hyper, dtype_name, hashable, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
+from optimzoo.core.member import Member, specs
 from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.shards import is_sharded, local, placed
 from optimzoo.core.storage import (
@@ -78,6 +83,9 @@ class ZooOptimizer(torch.optim.Optimizer):
     direction: ClassVar[Callable[..., Tensor]]
     refresh: ClassVar[Callable[..., None] | None] = None
     update: ClassVar[Callable[..., None] | None] = None
+    prepare: ClassVar[Callable[..., tuple[Tensor, ...]] | None] = None
+    products: ClassVar[Any]  # h -> function of a matrix, or of a batch of them
+    conclude: ClassVar[Callable[..., Tensor]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimzoo.core.engine import Member
 from optimzoo.core.gradients import check_gradient
+from optimzoo.core.member import Member
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.ranks import alone
 

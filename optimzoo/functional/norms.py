@@ -8,31 +8,40 @@ from torch import Tensor
 DEGENERATE = 1e-6  # a row's spread below this share of its own size, or of the largest spread, is rounding noise
 
 
-def standardise_rows(g: Tensor, center: bool = True) -> Tensor:
+def norm(x: Tensor) -> Tensor:
+    """(..., m, n) -> (..., 1, 1), at least float32: Frobenius norms; by rows, in which all of a CPU's threads join."""
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+
+
+def standardise_rows(g: Tensor, center: bool = True, norm: float | None = None) -> Tensor:
     """(..., m, n) -> (..., m, n): every row minus its mean (with `center`) and over its root mean square.
 
         x_ij = (g_ij - mean_i) / sqrt(mean_j (g_ij - mean_i)^2)
 
-    Rows without spread (zero, constant, or smaller than a millionth of the largest) become exactly zero. Ma et al.,
-    "SWAN", 2024, arXiv:2412.13148. One (m, n) is allocated: the result, of at least float32.
+    Rows without spread (zero, constant, or smaller than a millionth of the largest) become exactly zero. With `norm`,
+    each matrix is scaled to that Frobenius norm instead, in the same pass. Ma et al., "SWAN", 2024, arXiv:2412.13148.
+    One (m, n) is allocated: the result, of at least float32.
     """
     dtype = torch.promote_types(g.dtype, torch.float32)
     tiny, root = torch.finfo(dtype).tiny, math.sqrt(g.shape[-1])
-    largest = torch.linalg.vector_norm(g, math.inf, dim=(-2, -1), keepdim=True, dtype=dtype)
-    x = g.to(dtype, copy=True).div_(largest.clamp_min_(tiny))  # squares of 1e-30 would vanish
+    # By rows and without absolute values, which takes a tenth of the time of the norm of that name on a CPU.
+    most = torch.maximum(g.amax(-1, keepdim=True), -g.amin(-1, keepdim=True)).amax(-2, keepdim=True)
+    x = g.to(dtype, copy=True).div_(most.to(dtype).clamp_min_(tiny))  # squares of 1e-30 would vanish
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if center:
         x.sub_(x.mean(-1, keepdim=True))
     spread = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if center else size
     floor = torch.maximum(size, spread.amax(-2, keepdim=True)).mul_(DEGENERATE)
-    scale = torch.where(spread > floor, root / spread.clamp_min(tiny), 0)
-    return x.mul_(scale)
+    alive = spread > floor
+    if norm is not None:
+        root = norm / alive.sum(-2, keepdim=True).clamp_min(1).to(dtype).sqrt()
+    return x.mul_(torch.where(alive, root / spread.clamp_min(tiny), 0))
 
 
 def scale_to_rms_(x: Tensor, rms: float = 1.0) -> Tensor:
     """(..., m, n), changed in place: the root mean square of each matrix becomes `rms`; zeros stay zeros."""
     if rms == 0:
         return x.zero_()  # what a division by 0 makes of zeros is NaN
-    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    size.div_(rms * math.sqrt(x.shape[-2] * x.shape[-1])).clamp_min_(torch.finfo(x.dtype).tiny)
-    return x.div_(size)
+    size = norm(x).div_(rms * math.sqrt(x.shape[-2] * x.shape[-1])).clamp_min_(torch.finfo(x.dtype).tiny)
+    return x.mul_(1 / size)

@@ -48,11 +48,9 @@ def quintic_(x: Tensor, steps: int = 5) -> Tensor:
 
 def _gram_steps(gram: Tensor, steps: int) -> Tensor:
     """(..., s, s), used up -> (..., s, s): the product of all steps' polynomials a + b k + c k², with k <- p k p."""
-    a, b, c = QUINTIC
-    add_product, product = torch.addmm if gram.ndim == 2 else torch.baddbmm, gram
+    product = gram
     for step in range(steps):
-        poly = add_product(gram, gram, gram, beta=b, alpha=c)
-        poly.diagonal(dim1=-2, dim2=-1).add_(a)
+        poly = _polynomial(gram, QUINTIC)
         room = torch.empty_like(gram)
         if step < steps - 1:
             torch.matmul(torch.matmul(poly, gram, out=room), poly, out=gram)
@@ -87,11 +85,16 @@ def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 
 
 def _step(x: Tensor, coefficients: Coefficients) -> Tensor:
-    """a x + (b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two."""
-    a, b, c = coefficients
+    """(a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two."""
     tall = x.shape[-2] > x.shape[-1]
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
-    gram = x.mT @ x if tall else x @ x.mT
+    poly = _polynomial(x.mT @ x if tall else x @ x.mT, coefficients)
+    return x @ poly if tall else poly @ x
+
+
+def _polynomial(gram: Tensor, coefficients: Coefficients) -> Tensor:
+    """(..., s, s) -> a + b k + c k². In bfloat16 the sum on the diagonal rounds no worse than x itself does."""
+    a, b, c = coefficients
+    add_product = torch.addmm if gram.ndim == 2 else torch.baddbmm
     poly = add_product(gram, gram, gram, beta=b, alpha=c)
-    del gram  # before the next (m, n) is born: a square matrix would hold four of them
-    return add_product(x, x, poly, beta=a) if tall else add_product(x, poly, x, beta=a)
+    poly.diagonal(dim1=-2, dim2=-1).add_(a)
+    return poly

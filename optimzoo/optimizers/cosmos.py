@@ -13,6 +13,7 @@ arXiv:2502.17410, with the momentum of the authors' later code.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
+from optimzoo.functional.norms import norm
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
 
@@ -71,7 +73,7 @@ class COSMOS(MatrixOptimizer):
         basis.copy_(leading_basis(g, basis.shape[1], seed))
 
     @staticmethod
-    def direction(
+    def prepare(
         g: Tensor,
         w: Tensor,
         h: Any,
@@ -81,29 +83,38 @@ class COSMOS(MatrixOptimizer):
         gram: Tensor,
         exp_avg_sq: Tensor,
         step: float | Tensor,
-    ) -> Tensor:
-        rms_to_norm, limits = math.sqrt(g.numel()), torch.finfo(g.dtype)
+    ) -> tuple[Tensor, ...]:
         torch.add(g, momentum, alpha=h.betas[0], out=momentum)
         weight = (1 - h.betas[0] ** step) / (1 - h.betas[0])
         if h.nesterov:
             weight = 1 + h.betas[0] * weight
         low = follow(g, basis, gram, h.betas[1])
         exp_avg_sq.mul_(h.betas[1]).addcmul_(low, low, value=1 - h.betas[1])
-        # What Muon takes has no name here, so that it dies as soon as the first product is there.
-        u = quintic_(_rest(g, momentum, basis, low, weight, h).to(product_dtype(g))).to(g.dtype)
+        x = _rest(g, momentum, basis, low, weight, h).to(product_dtype(g))
         adam = low.div_(weight * (exp_avg_sq.sqrt().div_((1 - h.betas[1] ** step) ** 0.5).add_(h.eps)))
         energy = gram.diagonal()
-        adam = torch.where(energy > NULL_ENERGY * energy.max(), adam, 0)
-        norm = torch.linalg.vector_norm(u)
-        u.mul_(h.gamma * rms_to_norm / (norm + h.eps).clamp_min(limits.tiny)).addmm_(adam, basis.mT)
-        return u.mul_(h.lr_ratio * rms_to_norm / (torch.linalg.vector_norm(u) + h.eps).clamp_min(limits.tiny))
+        return x, adam.mul_(energy > NULL_ENERGY * energy.max()), basis
+
+    @staticmethod
+    def products(h: Any) -> Callable[[Tensor], Tensor]:
+        return quintic_
+
+    @staticmethod
+    def conclude(u: Tensor, h: Any, adam: Tensor, basis: Tensor) -> Tensor:
+        rms_to_norm, tiny, u = (
+            math.sqrt(u.numel()),
+            torch.finfo(adam.dtype).tiny,
+            u.to(adam.dtype, memory_format=torch.contiguous_format),
+        )
+        u.mul_(h.gamma * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny)).addmm_(adam, basis.mT)
+        return u.mul_(h.lr_ratio * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny))
 
 
 def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
     """The momentum outside of the basis at norm 1, and its image d U in `low`; d is left multiplied by `weight`."""
     d = torch.add(g, momentum, alpha=h.betas[0]) if h.nesterov else momentum.clone()
     torch.mm(d, basis, out=low)
-    noise = torch.linalg.vector_norm(d) * (DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps)
     d.addmm_(low, basis.mT, alpha=-1)
-    size = torch.linalg.vector_norm(d)
-    return d.mul_(torch.where(size > noise, 1 / (size + NORM_EPS * weight), 0))
+    size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
+    alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
+    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from optimzoo.core import AdamW, MatrixOptimizer, Route, Slot, hyper
 from optimzoo.core.apply import apply_update
-from optimzoo.core.engine import Member
 from optimzoo.core.hyper import SMALLEST
+from optimzoo.core.member import Member
 from optimzoo.functional.directions import stateful_direction, stateless_direction
 from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_rows_
 from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import AdamW, Route, Slot, hyper
-from optimzoo.core.engine import Member
 from optimzoo.core.layers import COUNTER, LayerOptimizer, count_of, scheduled_layers
+from optimzoo.core.member import Member
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.random import fold
 

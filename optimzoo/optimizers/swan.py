@@ -8,13 +8,14 @@ arXiv:2412.13148.
     u = D, scaled to RMS lr_ratio
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optimzoo.core import MatrixOptimizer, Slot, hyper
-from optimzoo.core.storage import product_dtype
+from optimzoo.core.storage import compute_dtype, product_dtype
 from optimzoo.functional.norms import scale_to_rms_, standardise_rows
 from optimzoo.functional.polar import polar_exact, quintic_
 
@@ -49,11 +50,15 @@ class SWAN(MatrixOptimizer):
         return {}
 
     @staticmethod
-    def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
-        # The standardised gradient has no name here, so that it dies as soon as the polar factor is on its way.
-        if h.backend == "exact":
-            u = polar_exact(standardise_rows(g, h.center))
-        else:
-            of_norm_1 = 1 / math.sqrt(g.numel())
-            u = quintic_(scale_to_rms_(standardise_rows(g, h.center), of_norm_1).to(product_dtype(g)))
-        return scale_to_rms_(u.to(g.dtype), h.lr_ratio)
+    def prepare(g: Tensor, w: Tensor, h: Any) -> tuple[Tensor]:
+        x = standardise_rows(g, h.center, norm=1.0)
+        return (x if h.backend == "exact" else x.to(product_dtype(g)),)
+
+    @staticmethod
+    def products(h: Any) -> Callable[[Tensor], Tensor]:
+        return polar_exact if h.backend == "exact" else quintic_
+
+    @staticmethod
+    def conclude(u: Tensor, h: Any) -> Tensor:
+        u = u.to(compute_dtype(u.dtype), memory_format=torch.contiguous_format)
+        return scale_to_rms_(u, h.lr_ratio)
