@@ -9,7 +9,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from optimzoo.core import graphs
+
 torch.set_num_threads(1)
+graphs.BACKEND = "eager"  # where options are drawn at random, a C++ compiler would take minutes; test_graphs has others
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo.core import engine, gradients, member, optimizer, steps, storage
+from optimzoo.core import engine, gradients, member, optimizer, stages, steps, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
@@ -123,9 +123,9 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
     given = slots | {"step": 1.0, "seed": 3}
     g, w = torch.randn(shape), torch.randn(shape)
     if cls.refresh is not None:
-        cls.refresh(g, w, h, **{k: given[k] for k in steps.keywords(cls.refresh) if k in given})
+        cls.refresh(g, w, h, **{k: given[k] for k in stages.keywords(cls.refresh) if k in given})
     g_before, w_before = g.clone(), w.clone()
-    u = steps.direct(cls, g, w, h, steps.asked(steps.first_stage(cls), given))
+    u = stages.direct(cls, g, w, h, stages.asked(stages.first_stage(cls), given))
     assert torch.equal(g, g_before)
     assert torch.equal(w, w_before)
     assert {name: t.data_ptr() for name, t in slots.items()} == places
@@ -379,10 +379,10 @@ def test_list_form_equals_direction(cls):
         for counter in (slots, copies):
             if "step" in counter:
                 counter["step"].fill_(step)
-        asked = {"step": float(step)} if "step" in steps.keywords(cls.update) else {}
+        asked = {"step": float(step)} if "step" in stages.keywords(cls.update) else {}
         cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()}, **asked)
         given = copies | {"step": float(step)}
-        u = steps.direct(cls, g, two, h, steps.asked(steps.first_stage(cls), given))
+        u = stages.direct(cls, g, two, h, stages.asked(stages.first_stage(cls), given))
         apply_update(two, u, lr, h.weight_decay, None, cls.decay_after)
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 
@@ -391,11 +391,11 @@ def test_list_form_equals_direction(cls):
 def test_compiles_whole_and_once(cls):
     h, shape = cls.hypers({}), (16, 24)
     slots = {k: storage.new_slot(s, torch.empty(shape), None, 1) for k, s in cls.slots(shape, h).items()}
-    wanted, counter = steps.keywords(steps.first_stage(cls)), torch.zeros((), dtype=torch.float64)
+    wanted, counter = stages.keywords(stages.first_stage(cls)), torch.zeros((), dtype=torch.float64)
 
     def step(g, w, lr, counter, slots):
         given = slots | {"step": counter}
-        u = steps.direct(cls, g, w, h, {k: given[k] for k in wanted if k in given})
+        u = stages.direct(cls, g, w, h, {k: given[k] for k in wanted if k in given})
         return w.sub_(u * lr)
 
     torch._dynamo.reset()

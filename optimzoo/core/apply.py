@@ -29,7 +29,7 @@ def apply_update(
     after: bool,
     *,
     error: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first: int = 0,
     lost: Tensor | None = None,
 ) -> None:
@@ -64,7 +64,7 @@ def _step_narrow(
     after: bool,
     ok: Tensor | None,
     error: Tensor | None,
-    seed: int | None,
+    seed: int | Tensor | None,
     first: int,
     lost: Tensor | None,
 ) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optimzoo.core.optimizer import ZooOptimizer
 
 # Decided by the running optimizer, not by the file.
-_LIVE_KEYS = frozenset({"params", "param_names", "state_dtype", "rounding"})
+_LIVE_KEYS = frozenset({"params", "param_names", "state_dtype", "rounding", "engine"})
 _KINDS: dict[str, Any] = {"step": int, "name": (str, int), "layout": str, "fallback": bool, "by_type": bool}
 
 

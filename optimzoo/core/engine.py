@@ -3,7 +3,8 @@
 * a rule's own in-place `update` on lists of tensors, where dtypes allow it: no workspace;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
 * rules in stages several matrices of one shape at a time, as many as the rule's workspace has room for;
-* everything else one matrix at a time.
+* everything else one matrix at a time;
+* with `engine="compiled"` as a graph whatever has no kernel of its own.
 """
 
 from collections import defaultdict
@@ -13,11 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimzoo.core import shards
+from optimzoo.core import graphs, shards
 from optimzoo.core.gradients import admit, admit_together
-from optimzoo.core.member import Member
+from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import matrix_shape
-from optimzoo.core.steps import Task, step_gathered, step_list, step_one, step_stacked
+from optimzoo.core.steps import step_compiled, step_gathered, step_list, step_one, step_stacked
 from optimzoo.core.storage import SCALE, State, compute_dtype, is_scale
 from optimzoo.functional.quantize import BLOCK
 from optimzoo.functional.slices import on_host
@@ -57,17 +58,20 @@ def run(
         g = torch.zeros_like(p) if g is None else g  # other ranks have some rows of it
         known = None if ok is True else ok
         task = Task(member, g, states[p], lr * route.lr_scale, count, known, extras(p), lost.get(member.name))
-        if route.rule.elementwise and _by_rows(task.state, p):
-            task = _on_rows(task)
-        alone, key = shards.is_sharded(task.member.p), (route, p.dtype, p.device)
+        if (shared := shards.is_sharded(p)) and route.rule.elementwise and _by_rows(task.state, p):
+            task, shared = _on_rows(task), False
+        key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
         if not _in_place(task):
-            if route.rule.prepare is None:
-                step_one(task)
-            elif alone:
-                step_stacked([task], 0)
+            if route.rule.prepare is not None:
+                if shared:
+                    step_stacked([task], 0)
+                else:
+                    stacks[*key, matrix_shape(p, route.layout)].append(task)
+            elif graphs.wanted(task):
+                step_compiled(task)
             else:
-                stacks[*key, matrix_shape(p, route.layout)].append(task)
-        elif alone:
+                step_one(task)
+        elif shared:
             step_gathered(task)
         elif known is None:
             lists[key].append(task)

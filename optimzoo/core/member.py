@@ -1,13 +1,15 @@
-"""A parameter as the engine sees it, and what is kept for it."""
+"""A parameter as the engine sees it, what is kept for it, and one step of it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimzoo.core.routing import Route, matrix_shape
 from optimzoo.core.slots import Slot
-from optimzoo.core.storage import ERROR, compute_dtype, stored
+from optimzoo.core.storage import ERROR, State, compute_dtype, stored
+from optimzoo.functional.random import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +30,35 @@ def specs(member: Member) -> dict[str, Slot]:
     if h.rounding == "stochastic" and p.dtype == torch.float16:
         raise TypeError(f"rounding='stochastic' is for bfloat16 and {member.name!r} is float16; use rounding='error'")
     return slots
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One parameter's step: what is stepped, with what, and what is told of it."""
+
+    member: Member
+    g: Tensor
+    state: State
+    lr: float | Tensor
+    count: int  # steps that the group has completed
+    ok: Tensor | None  # whether the gradient may be used, where only the device knows
+    extras: State  # what the optimizer gives the rule beside its slots
+    lost: Tensor | None  # counts updates that rounding swallows
+    first: int = 0  # the position in the whole parameter of its first element here
+
+    @property
+    def rule(self) -> Any:
+        return self.member.route.rule
+
+    @property
+    def h(self) -> Any:
+        return self.member.route.h
+
+    @property
+    def seed(self) -> int:
+        """Of everything random in this step of this parameter."""
+        return fold(getattr(self.h, "seed", 0), self.member.name, self.count)
+
+    def rounding_seed(self, what: int | str) -> int:
+        """Of the rounding of "weight", or of the slot with that number."""
+        return fold(self.seed, what)

@@ -10,7 +10,7 @@ What a rule promises:
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
 2. `direction`, `refresh` and `prepare` change their slots in place and never rebind them; no other stage does.
 3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
-   its values); what `direction` returns is a tensor of its own. `products` may use its matrix up.
+   its values); what `direction` returns is a tensor of its own. `products` uses up what it is given.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
    depends on that weight and on gradients and slots, not on other weights.
@@ -68,6 +68,12 @@ class ZooOptimizer(torch.optim.Optimizer):
         doc="how weights narrower than float32 are written; error keeps what is rounded off in a second tensor",
     )
     check_finite: bool = hyper(True, doc="leave weights and state alone where a gradient holds NaN or infinity")
+
+    engine: str = hyper(
+        "auto",
+        one_of=("auto", "compiled"),
+        doc="compiled makes one graph of each shape's step, with torch.compile; on a CPU only where numbers are narrow",
+    )
 
     paper: ClassVar[str] = ""
     workspace: ClassVar[float] = 1.0  # temporaries of a step with float32 throughout, in largest parameters

@@ -76,13 +76,17 @@ def fill_slot(slot: Slot, tensor: Tensor, seed: int) -> None:
         shards.keep(full, tensor)
 
 
+def is_coarse(state: State, name: str, dtype: torch.dtype) -> bool:
+    """Whether a slot is kept in fewer bits than the rule computes in."""
+    narrow = state[name].is_floating_point() and state[name].dtype.itemsize < dtype.itemsize
+    return narrow or name + SCALE in state
+
+
 def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
     """The slot itself, or a working copy when it is kept more coarsely than `dtype`."""
-    tensor, scale = state[name], state.get(name + SCALE)
-    if scale is not None:
-        return dequantize(tensor, scale, dtype)
-    narrow = tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
-    return tensor.to(dtype) if narrow else tensor
+    if name + SCALE in state:
+        return dequantize(state[name], state[name + SCALE], dtype)
+    return state[name].to(dtype) if is_coarse(state, name, dtype) else state[name]
 
 
 def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor, first: int = 0) -> None:

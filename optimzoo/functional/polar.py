@@ -1,5 +1,7 @@
 """The orthogonal polar factor of a matrix: U Vᵀ of x = U S Vᵀ, by polynomial iterations that need only products."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,7 @@ def quintic_(x: Tensor, steps: int = 5) -> Tensor:
     """
     s, longer = sorted(x.shape[-2:])
     if longer <= GRAM_FORM * s or x.dtype.itemsize < 4:
-        for _ in range(steps):
-            x = _step(x, QUINTIC)
-        return x
+        return _iterate_(x, [QUINTIC] * steps)
     tall = x.shape[-2] > x.shape[-1]
     poly = _gram_steps(x.mT @ x if tall else x @ x.mT, steps)
     return x @ poly if tall else poly @ x
@@ -71,30 +71,42 @@ def polar_exact(x: Tensor) -> Tensor:
     stays float32, and with that rounding simulated the cosine with U Vᵀ stays above 0.9999 on the same matrices.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    shape, x = x.shape, _normalised(x, dtype, torch.finfo(dtype).tiny)
-    for coefficients in [QUINTIC] * 8 + [CUBIC_CONTACT] * 4:
-        x = _step(x, coefficients)
-    return x.view(shape)
+    return exact_(_normalised(x, dtype, torch.finfo(dtype).tiny)).view(x.shape)
+
+
+def exact_(x: Tensor) -> Tensor:
+    """The iteration of `polar_exact` alone: (m, n) or (batch, m, n), of norm at most 1 and used up -> the same."""
+    return _iterate_(x, [QUINTIC] * 8 + [CUBIC_CONTACT] * 4)
 
 
 def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """(..., m, n) -> (m, n) or (batch, m, n): a copy of Frobenius norm 1."""
-    x = x.to(dtype, copy=True)
+    """(..., m, n) -> (m, n) or (batch, m, n): a copy of Frobenius norm 1, contiguous."""
+    x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
     x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps))
     return x.flatten(0, -3) if x.ndim > 3 else x
 
 
-def _step(x: Tensor, coefficients: Coefficients) -> Tensor:
-    """(a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two."""
-    tall = x.shape[-2] > x.shape[-1]
-    poly = _polynomial(x.mT @ x if tall else x @ x.mT, coefficients)
-    return x @ poly if tall else poly @ x
+def _iterate_(x: Tensor, steps: list[Coefficients]) -> Tensor:
+    """Every step x <- (a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two.
+
+    Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix.
+    """
+    x = x.contiguous()
+    tall, room, poly = x.shape[-2] > x.shape[-1], torch.empty_like(x), None
+    shape = (*x.shape[:-2], *[min(x.shape[-2:])] * 2)
+    for coefficients in steps:
+        gram = room.view(-1)[: math.prod(shape)].view(shape)
+        torch.matmul(*((x.mT, x) if tall else (x, x.mT)), out=gram)
+        poly = _polynomial(gram, coefficients, poly)
+        torch.matmul(*((x, poly) if tall else (poly, x)), out=room)
+        x, room = room, x
+    return x
 
 
-def _polynomial(gram: Tensor, coefficients: Coefficients) -> Tensor:
+def _polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
     """(..., s, s) -> a + b k + c k². In bfloat16 the sum on the diagonal rounds no worse than x itself does."""
     a, b, c = coefficients
     add_product = torch.addmm if gram.ndim == 2 else torch.baddbmm
-    poly = add_product(gram, gram, gram, beta=b, alpha=c)
+    poly = add_product(gram, gram, gram, beta=b, alpha=c, out=out)
     poly.diagonal(dim1=-2, dim2=-1).add_(a)
     return poly

@@ -1,5 +1,6 @@
 """Where a tensor lives and whether it has values; long ones a piece at a time, so that temporaries stay small."""
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -31,6 +32,6 @@ def pieces(tensor: Tensor, size: int) -> list[slice]:
 
     Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
     """
-    step = piece_size(tensor, size)
+    step = tensor.numel() if torch.compiler.is_compiling() else piece_size(tensor, size)  # a graph has loops of its own
     every = range(0, tensor.numel(), step)
     return [slice(start, start + step) for start in (every if has_values(tensor) else every[:2])]

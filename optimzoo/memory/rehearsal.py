@@ -1,5 +1,6 @@
 """One training step, run to see what is alive in it."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -117,6 +118,7 @@ class Rehearsal:
             p.grad = None
 
     def _update(self, optimizers: Sequence[Optimizer]) -> None:
+        gc.collect()  # what the forward pass left in cycles could be freed inside of the step, or not
         # Dynamo reads values; what compiled code would fuse is planned as it runs without, which is no less.
         with self.timeline.stepping(), torch.compiler.set_stance("force_eager"):
             for optimizer in optimizers:

@@ -17,7 +17,7 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.storage import compute_dtype, product_dtype
 from optimzoo.functional.norms import scale_to_rms_, standardise_rows
-from optimzoo.functional.polar import polar_exact, quintic_
+from optimzoo.functional.polar import exact_, quintic_
 
 THIN = 8  # below, whitening is hardly more than a rotation, and centring takes a direction away that counts
 
@@ -56,7 +56,7 @@ class SWAN(MatrixOptimizer):
 
     @staticmethod
     def products(h: Any) -> Callable[[Tensor], Tensor]:
-        return polar_exact if h.backend == "exact" else quintic_
+        return exact_ if h.backend == "exact" else quintic_
 
     @staticmethod
     def conclude(u: Tensor, h: Any) -> Tensor:

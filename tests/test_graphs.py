@@ -1,0 +1,167 @@
+"""engine="compiled": what graphs do, how many there are, and what happens where nothing can be compiled.
+
+Most use torch's tracer without a code generator ("aot_eager"), which needs no C++ compiler.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import optimzoo
+from optimzoo.core import engine, gradients, graphs, optimizer, steps, storage
+from optimzoo.functional import slices
+from tests.cases import ALL, PLAIN, build, give_gradients, same, tiny, train, weights
+from tests.test_contract import every, plain
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
+    monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)(dict))
+    monkeypatch.setattr(graphs, "_failed", False)
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def made() -> int:
+    return sum(len(functions) for place in graphs._graphs.values() for functions in place.values())
+
+
+def trained(cls, how, steps=7, **options) -> list[torch.Tensor]:
+    model = tiny(dtype=options.pop("dtype", torch.float32))
+    opt = build(cls, model, lr=1e-2, engine=how, **options)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=5)
+    for step in range(steps):
+        give_gradients(model.parameters(), step)
+        opt.step()
+        schedule.step()
+    return weights(model)
+
+
+@every
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "rounding", "device"),
+    [
+        (torch.float32, None, "nearest", True),
+        (torch.bfloat16, torch.bfloat16, "stochastic", False),
+        (torch.bfloat16, "int8", "error", True),
+    ],
+    ids=["wide-device", "narrow-host", "codes-device"],
+)
+def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, rounding, device, monkeypatch):
+    monkeypatch.setattr(storage, "SMALL", 32)
+    if device:  # whether gradients are finite is a tensor, and kernels go other ways
+        for module in (engine, gradients, graphs, optimizer, slices, steps, storage):
+            monkeypatch.setattr(module, "on_host", lambda t: False)
+    options = {"dtype": dtype, "state_dtype": state_dtype, "rounding": rounding}
+    eager, compiled = (trained(cls, how, **options) for how in ("auto", "compiled"))
+    # Where states are rounded by chance, a last digit may decide which way.
+    near = {"rtol": 1e-5, "atol": 1e-6} if state_dtype is None else {"rtol": 1e-2, "atol": 2e-3}
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, **near)
+    assert counters["stats"]["unique_graphs"] == made()
+
+
+@plain
+def test_no_new_graphs_when_rates_and_steps_move(cls):
+    for projection in ({"projection": "rows"}, {"projection": "svd"}) if cls is optimzoo.FRUGAL else ({},):
+        trained(cls, "compiled", steps=6, dtype=torch.bfloat16, **projection)  # past two refreshes
+        known = made()
+        trained(cls, "compiled", steps=12, dtype=torch.bfloat16, **projection)
+        assert counters["stats"]["unique_graphs"] == made() == known > 0
+
+
+def test_every_shape_has_a_graph_of_its_own():
+    named = [(f"w{i}", nn.Parameter(torch.zeros(8 + i, 12, dtype=torch.bfloat16))) for i in range(14)]
+    opt = optimzoo.FRUGAL(named, projection="rows", engine="compiled")
+    for step in range(3):
+        give_gradients([p for _, p in named], step)
+        opt.step()
+    assert made() == 14
+    assert counters["stats"]["unique_graphs"] == 14
+
+
+def test_options_that_move_at_every_step_are_not_compiled_for_ever(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 3)
+    results = []
+    for how in ("auto", "compiled"):
+        model = tiny(dtype=torch.bfloat16)
+        opt = optimzoo.SWAN(model, engine=how)
+        for step in range(2 * graphs.MOST):
+            opt.param_groups[0]["lr_ratio"] = 0.1 + 0.01 * step
+            give_gradients(model.parameters(), step)
+            opt.step()
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    assert all(len(place) <= graphs.MOST for place in graphs._graphs.values())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_engine_is_the_running_optimizers_and_resume_is_exact(name):
+    cls = ALL[name]
+    whole, first, second = (tiny(dtype=torch.bfloat16) for _ in range(3))
+    train(whole, build(cls, whole, engine="compiled"), 0, 8)
+    opt = build(cls, first, engine="compiled")
+    train(first, opt, 0, 5)
+    second.load_state_dict(first.state_dict())
+    eager = build(cls, second)
+    eager.load_state_dict(opt.state_dict())
+    assert {group["engine"] for group in eager.param_groups} == {"auto"}
+    resumed = build(cls, second, engine="compiled")
+    resumed.load_state_dict(opt.state_dict())
+    train(second, resumed, 5, 8)
+    assert same(weights(second), weights(whole))
+
+
+def test_what_cannot_be_compiled_steps_without_and_says_so_once(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(graphs, "BACKEND", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = trained(optimzoo.SWAN, "compiled", dtype=torch.bfloat16)
+    (warning,) = [w for w in caught if "engine='compiled'" in str(w.message)]
+    assert "no compiler here" in str(warning.message)
+    for a, b in zip(compiled, trained(optimzoo.SWAN, "auto", dtype=torch.bfloat16), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+SCRIPT = """
+import torch, warnings, optimzoo
+from torch import nn
+def steps(how):
+    p = nn.Parameter(torch.ones(24, 40))
+    opt = optimzoo.AdamW([("w", p)], state_dtype=torch.bfloat16, engine=how)
+    for step in range(3):
+        p.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step))
+        opt.step()
+    return p
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    torch.testing.assert_close(steps("compiled"), steps("auto"), rtol=1e-2, atol=1e-5)
+print([str(w.message).split(":")[0] for w in caught if issubclass(w.category, RuntimeWarning)])
+"""
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_with_the_real_code_generator_and_without_a_compiler(compiler, tmp_path):
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if compiler:
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            pytest.skip(f"no C++ compiler: {error}")
+    surroundings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | ({} if compiler else {"CXX": "/no/such"})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=surroundings, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.strip() == ("[]" if compiler else "[\"engine='compiled'\"]")
