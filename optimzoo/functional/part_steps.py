@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optimzoo.functional.projection import noise_unit
 from optimzoo.functional.slices import has_values, on_host, piece_size, pieces
 
 PIECE = 1 << 18  # elements handled at a time on a CPU: with half of them, threads wait longer than they work
@@ -69,6 +70,35 @@ def step_rows_(
         taken = torch.index_select(g, 0, index, out=room[: averages[0].numel()].view(averages[0].shape))
         low = part(taken, *averages)
         change(w[block], rest(g[block], room).index_copy_(0, index.sub_(start), low))
+
+
+def step_low_rank_(
+    w: Tensor,
+    g: Tensor,
+    basis: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    part: PartDirection,
+    rest: RestDirection,
+    change: Change,
+    signed: bool,
+) -> None:
+    """`part` on g in a basis (s, r) of the shorter side of w (m, n); `rest` on what that leaves; `signed`: of the signs."""
+    right = w.shape[0] >= w.shape[1]
+    low = g @ basis if right else basis.mT @ g
+    unit = noise_unit(g, basis.shape[1]) if signed else None
+    direction = part(low, exp_avg, exp_avg_sq)
+    rows = _rows(w)
+    room = _room(w, rows * w.shape[1])
+    for start in range(0, w.shape[0], rows):
+        block = slice(start, start + rows)
+        left = room[: g[block].numel()].view(g[block].shape)
+        torch.addmm(g[block], *((low[block], basis.mT) if right else (basis[block], low)), alpha=-1, out=left)
+        if unit is not None:
+            left.div_(unit).trunc_()
+        u = rest(left, room)
+        u.addmm_(*((direction[block], basis.mT) if right else (basis[block], direction)))
+        change(w[block], u)
 
 
 def _rows(w: Tensor) -> int:

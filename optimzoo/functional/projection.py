@@ -111,12 +111,13 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
     if kind not in LOW_RANK:
         return g
     rest = add_lifted_(g.clone(), part, low, alpha=-1)
-    if not signed:
-        return rest
-    noise = 4 * part.shape[1] ** 0.5 * torch.finfo(g.dtype).eps
-    least, most = torch.aminmax(g)  # the norm of the same name takes seven times as long on a CPU
-    unit = torch.maximum(-least, most).mul_(noise).clamp_min_(torch.finfo(g.dtype).tiny)
-    return rest.div_(unit).trunc_()
+    return rest.div_(noise_unit(g, part.shape[1])).trunc_() if signed else rest
+
+
+def noise_unit(g: Tensor, rank: int) -> Tensor:
+    """0-dim: the rounding noise in what a basis of that rank leaves of g (m, n)."""
+    most = torch.maximum(g.amax(-1), -g.amin(-1)).amax()  # the norm of that name takes ten times as long on a CPU
+    return most.mul_(4 * rank**0.5 * torch.finfo(g.dtype).eps).clamp_min_(torch.finfo(g.dtype).tiny)
 
 
 def whose_turn(sizes: Mapping[str, int], density: float, period: int, seed: int) -> set[str]:

@@ -20,8 +20,8 @@ from optimzoo.core.apply import apply_update
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.member import Member
 from optimzoo.functional.directions import stateful_direction, stateless_direction
-from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_rows_
-from optimzoo.functional.projection import draw_, part_shapes, put_, rest_of, take, whose_turn
+from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_low_rank_, step_rows_
+from optimzoo.functional.projection import LOW_RANK, draw_, part_shapes, put_, rest_of, take, whose_turn
 
 PARTS = ("columns", "rows", "randk", "svd", "random", "block")
 WAITS, TURN = "not its turn in this period", "its turn in this period"
@@ -90,7 +90,7 @@ class FRUGAL(MatrixOptimizer):
 
     @staticmethod
     def in_place(h: Any, host: bool) -> bool:
-        return h.projection in ("columns", "rows") and h.state_full == "adamw"
+        return h.projection in (*LOW_RANK, "columns", "rows") and h.state_full == "adamw"
 
     @staticmethod
     def update(
@@ -103,7 +103,8 @@ class FRUGAL(MatrixOptimizer):
         slots: dict[str, list[Tensor]],
         step: float,
     ) -> None:
-        move = step_columns_ if h.projection == "columns" else step_rows_
+        in_basis = partial(step_low_rank_, signed=h.state_free == "sign")
+        move = {"columns": step_columns_, "rows": step_rows_}.get(h.projection, in_basis)
         tau = (step - 1) % h.update_gap + 1
         up = h._replace(weight_decay=0.0)
 
