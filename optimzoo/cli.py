@@ -261,7 +261,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[NAME[:OPTION=VALUE,...]]...",
-            help="Such as cosmos frugal:projection=rows,density=0.5; by default all of the zoo. "
+            help="Such as cosmos frugal:projection=rows,density=0.5; by default all of the zoo. Where they are "
+            "installed: galore apollo soap torchao.adamw8bit heavyball.muon bitsandbytes.adamw8bit. "
             "With --training also wta-crs.",
         ),
     ] = None,

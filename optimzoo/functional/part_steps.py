@@ -83,7 +83,7 @@ def step_low_rank_(
     change: Change,
     signed: bool,
 ) -> None:
-    """`part` on g in a basis (s, r) of the shorter side of w (m, n); `rest` on what that leaves; `signed`: of the signs."""
+    """`part` on g in a basis (s, r) of the shorter side of w (m, n), `rest` on what that leaves, or its signs alone."""
     right = w.shape[0] >= w.shape[1]
     low = g @ basis if right else basis.mT @ g
     unit = noise_unit(g, basis.shape[1]) if signed else None

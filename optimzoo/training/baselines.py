@@ -88,6 +88,11 @@ def _everything(kind: type[Optimizer], **defaults: Any) -> Build:
     return build
 
 
+def everything_of(module: str, name: str) -> Build:
+    """The same with a class of a package that may be missing."""
+    return lambda *how: _everything(class_of(module, name)())(*how)
+
+
 def matrices_only(
     kind: Callable[[], type[Optimizer]], group: Options | None = None, keep: Any = None, **defaults: Any
 ) -> Build:
@@ -161,7 +166,8 @@ def _adamw8bit(model: nn.Module, lr: float, fallback_lr: float | None, options: 
     return _everything(Eager if on_cpu else AdamW8bit)(model, lr, fallback_lr, options)
 
 
-def _class(module: str, name: str) -> Callable[[], type[Optimizer]]:
+def class_of(module: str, name: str) -> Callable[[], type[Optimizer]]:
+    """A class of a package that is imported when the class is asked for."""
     return lambda: getattr(importlib.import_module(module), name)
 
 
@@ -185,15 +191,15 @@ BASELINES = {
     "torchao.adamw8bit": Baseline(_adamw8bit, ("torchao",), "torchao"),
     "galore": Baseline(
         matrices_only(
-            _class("galore_torch", "GaLoreAdamW"), _GALORE, _galore_projector, no_deprecation_warning=True, eps=1e-8
+            class_of("galore_torch", "GaLoreAdamW"), _GALORE, _galore_projector, no_deprecation_warning=True, eps=1e-8
         ),
         ("galore_torch", "bitsandbytes"),  # galore-torch imports bitsandbytes, also where nothing of it is used
         "galore-torch",
     ),
     "apollo": Baseline(
-        matrices_only(_class("apollo_torch", "APOLLOAdamW"), _APOLLO, _apollo_projector, eps=1e-8),
+        matrices_only(class_of("apollo_torch", "APOLLOAdamW"), _APOLLO, _apollo_projector, eps=1e-8),
         ("apollo_torch", "bitsandbytes"),
         "apollo-torch",
     ),
-    "soap": Baseline(matrices_only(_class("pytorch_optimizer", "SOAP")), ("pytorch_optimizer",), "pytorch_optimizer"),
+    "soap": Baseline(matrices_only(class_of("pytorch_optimizer", "SOAP")), ("pytorch_optimizer",), "pytorch_optimizer"),
 }
