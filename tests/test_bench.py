@@ -23,9 +23,11 @@ def recipe() -> Recipe:
 
 def test_rounds_are_interleaved_and_percentiles_are_low():
     order: list[str] = []
-    found = timing.interleaved({n: lambda n=n: [float(order.append(n) or len(order))] for n in "ab"}, 3)
-    assert "".join(order) == "ababab"
-    assert found == {"a": [[1.0, 3.0, 5.0]], "b": [[2.0, 4.0, 6.0]]}
+    found = timing.interleaved({n: lambda n=n: [float(order.append(n) or len(order))] for n in "abc"}, 9)
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 27, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 2, "somebody always follows the same one"
+    assert {n: [float(i + 1) for i, m in enumerate(order) if m == n] for n in "abc"} == {n: found[n][0] for n in "abc"}
     times = timing.summary([1.0] * 30 + [2.0] * 70)
     assert (times.p20, times.p50, times.spread) == (1.0, 2.0, 2.0)
 

@@ -1,5 +1,6 @@
 """Times on a machine that is never quite idle: interleaved rounds, low percentiles, and a verdict on the whole."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,11 +41,15 @@ def summary(seconds: list[float]) -> Timing:
 def interleaved(
     actions: Mapping[str, Callable[[], list[float]]], rounds: int, progress: Callable[[], None] = lambda: None
 ) -> dict[str, list[list[float]]]:
-    """Run every action once a round, A B A B; label -> for each of the times that the action returns, its rounds."""
+    """Run every action once a round; label -> for each of the times that the action returns, its rounds.
+
+    Each round has an order of its own: what ran just before leaves its mark on caches and clocks.
+    """
     found: dict[str, list[list[float]]] = {label: [] for label in actions}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for label, action in actions.items():
-            found[label].append(action())
+        for label in draw.sample(list(actions), len(actions)):
+            found[label].append(actions[label]())
         progress()
     return {label: [list(part) for part in zip(*times, strict=True)] for label, times in found.items()}
 
