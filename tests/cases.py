@@ -1,6 +1,7 @@
 """Tiny problems and awkward shapes, shared by the contract over the whole registry."""
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,21 @@ def converted(cls: type[ZooOptimizer], model: nn.Module) -> nn.Module:
         told = {name: value for name, value in LAYERS.items() if name in kind.options}
         convert(model, kind, exclude="head", **told)
     return model
+
+
+def direct(rule, g: Tensor, w: Tensor, h, slots: dict) -> Tensor:
+    """A rule's direction on one matrix, in one go whether or not it is written in stages."""
+    if rule.prepare is None:
+        return rule.direction(g, w, h, **slots)
+    x, *kept = rule.prepare(g, w, h, **slots)
+    return rule.conclude(rule.products(h)(x), h, *kept)
+
+
+def go_the_devices_way(monkeypatch) -> None:
+    """Whether gradients are finite is a tensor from here on, nothing is read, and pieces are a device's."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("optimzoo.") and hasattr(module, "on_host"):
+            monkeypatch.setattr(module, "on_host", lambda t: False)
 
 
 def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:

@@ -10,11 +10,25 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo.core import engine, gradients, member, optimizer, stages, steps, storage
+from optimzoo.core import member, stages, steps, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.memory import KINDS, Workspace
-from tests.cases import ALL, PLAIN, bare, build, give_gradients, loss_of, same, short_options, tiny, train, weights
+from tests.cases import (
+    ALL,
+    PLAIN,
+    bare,
+    build,
+    direct,
+    give_gradients,
+    go_the_devices_way,
+    loss_of,
+    same,
+    short_options,
+    tiny,
+    train,
+    weights,
+)
 from tests.test_memory import reachable
 
 every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
@@ -125,7 +139,7 @@ def test_direction_is_a_tensor_of_its_own_and_slots_stay_in_place(cls):
     if cls.refresh is not None:
         cls.refresh(g, w, h, **{k: given[k] for k in stages.keywords(cls.refresh) if k in given})
     g_before, w_before = g.clone(), w.clone()
-    u = stages.direct(cls, g, w, h, stages.asked(stages.first_stage(cls), given))
+    u = direct(cls, g, w, h, stages.asked(stages.first_stage(cls), given))
     assert torch.equal(g, g_before)
     assert torch.equal(w, w_before)
     assert {name: t.data_ptr() for name, t in slots.items()} == places
@@ -339,8 +353,7 @@ def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
         model = tiny(dtype=dtype)
         opt = build(cls, model)
         if device_path:
-            for module in (engine, gradients, optimizer, steps, storage):
-                monkeypatch.setattr(module, "on_host", lambda t: False)
+            go_the_devices_way(monkeypatch)
         for step in range(6):
             give_gradients(model.parameters(), step)
             if step in (0, 2, 3):  # also where bases are found
@@ -382,7 +395,7 @@ def test_list_form_equals_direction(cls):
         asked = {"step": float(step)} if "step" in stages.keywords(cls.update) else {}
         cls.update([one], [g], h, lr, None, slots={k: [t] for k, t in slots.items()}, **asked)
         given = copies | {"step": float(step)}
-        u = stages.direct(cls, g, two, h, stages.asked(stages.first_stage(cls), given))
+        u = direct(cls, g, two, h, stages.asked(stages.first_stage(cls), given))
         apply_update(two, u, lr, h.weight_decay, None, cls.decay_after)
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
 
@@ -395,7 +408,7 @@ def test_compiles_whole_and_once(cls):
 
     def step(g, w, lr, counter, slots):
         given = slots | {"step": counter}
-        u = stages.direct(cls, g, w, h, {k: given[k] for k in wanted if k in given})
+        u = direct(cls, g, w, h, {k: given[k] for k in wanted if k in given})
         return w.sub_(u * lr)
 
     torch._dynamo.reset()
@@ -407,10 +420,13 @@ def test_compiles_whole_and_once(cls):
 
 
 @plain
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [1, 4, None])
 @pytest.mark.parametrize("layers", [2, 8])
 def test_workspace_is_bounded_by_the_largest_matrix(cls, layers, threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many matrices are stacked
+    if threads is None:
+        go_the_devices_way(monkeypatch)
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many matrices are stacked
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
     largest = 256 * 512 * 4
     model = nn.Sequential(*(nn.Linear(512, 256, bias=False) for _ in range(layers)))
@@ -448,6 +464,21 @@ def test_matrices_of_one_shape_step_as_each_of_them_alone(cls, dtype, shape, mon
     alone = stepped(3, lambda named: [[pair] for pair in named])
     assert same(together, alone)
     assert cls.prepare is None or max(stacks) > 1
+
+
+@every
+@precisions
+def test_autocast_around_a_step_changes_nothing(cls, dtype):
+    results = []
+    for enabled in (False, True):
+        model = tiny(dtype=dtype)
+        opt = build(cls, model)
+        for step in range(4):
+            give_gradients(model.parameters(), step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                opt.step()
+        results.append(weights(model))
+    assert same(*results)
 
 
 @plain

@@ -14,9 +14,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import optimzoo
-from optimzoo.core import engine, gradients, graphs, optimizer, steps, storage
-from optimzoo.functional import slices
-from tests.cases import ALL, PLAIN, build, give_gradients, same, tiny, train, weights
+from optimzoo.core import graphs, storage
+from tests.cases import ALL, PLAIN, build, give_gradients, go_the_devices_way, same, tiny, train, weights
 from tests.test_contract import every, plain
 
 
@@ -57,8 +56,7 @@ def trained(cls, how, steps=7, **options) -> list[torch.Tensor]:
 def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, rounding, device, monkeypatch):
     monkeypatch.setattr(storage, "SMALL", 32)
     if device:  # whether gradients are finite is a tensor, and kernels go other ways
-        for module in (engine, gradients, graphs, optimizer, slices, steps, storage):
-            monkeypatch.setattr(module, "on_host", lambda t: False)
+        go_the_devices_way(monkeypatch)
     options = {"dtype": dtype, "state_dtype": state_dtype, "rounding": rounding}
     eager, compiled = (trained(cls, how, **options) for how in ("auto", "compiled"))
     # Where states are rounded by chance, a last digit may decide which way.
@@ -85,6 +83,22 @@ def test_every_shape_has_a_graph_of_its_own():
         opt.step()
     assert made() == 14
     assert counters["stats"]["unique_graphs"] == 14
+
+
+def test_what_has_no_graph_steps_eagerly():
+    """Nothing to step, gradients whose strides change: neither raises, nor compiles at every step."""
+    for shape in ((0,), (0, 4), (4, 0)):
+        p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        opt = optimzoo.AdamW([("w", p)], engine="compiled")
+        p.grad = torch.zeros_like(p)
+        opt.step()
+    known, p = made(), nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16))
+    opt = optimzoo.AdamW([("w", p)], engine="compiled")
+    for width in range(9, 20):
+        p.grad = torch.ones(4, width, dtype=torch.bfloat16)[:, :8]
+        opt.step()
+    assert made() == known
+    assert (p < 0).all()
 
 
 def test_options_that_move_at_every_step_are_not_compiled_for_ever(monkeypatch):

@@ -14,11 +14,11 @@ from torch.optim import SGD, Adafactor, AdamW, Muon
 
 import optimzoo
 from optimzoo import planning
-from optimzoo.core import engine, gradients, optimizer, steps, storage
+from optimzoo.core import storage
 from optimzoo.functional import slices
 from optimzoo.memory import Unplannable, Workspace, ledger
 from optimzoo.modules import convert
-from tests.cases import PLAIN, tiny
+from tests.cases import PLAIN, go_the_devices_way, tiny
 from tests.cases import loss_of as tiny_loss
 from tests.test_cli import command, refused  # noqa: F401  # the fixture
 
@@ -264,8 +264,7 @@ def test_blocks_are_planned_at_their_largest_period(density: float) -> None:
 def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA costs beyond the CPU (kept state of skipped steps, counters on the device) is in a plan for it."""
     plan = optimzoo.plan(tiny(width=64), PLAIN[name], device="cuda")
-    for module in (engine, gradients, optimizer, slices, steps, storage):
-        monkeypatch.setattr(module, "on_host", lambda t: False)
+    go_the_devices_way(monkeypatch)
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)  # the same products on both
     model = tiny(width=64)
     state, workspace, _ = measured(model, PLAIN[name], tiny_loss)
@@ -279,8 +278,7 @@ def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows = 2050
     if device == "cuda":
         rows = 3 * slices.DEVICE_PIECE // 2048
-        for module in (engine, gradients, optimizer, slices, steps, storage):
-            monkeypatch.setattr(module, "on_host", lambda t: False)
+        go_the_devices_way(monkeypatch)
     make = {"adamw": optimzoo.AdamW, "signs": lambda m: optimzoo.FRUGAL(m, density=0.0)}
     for make_one in make.values():
         model = nn.Sequential(nn.Linear(2048, rows, bias=False, dtype=torch.bfloat16), nn.Linear(rows, 8).bfloat16())

@@ -130,6 +130,18 @@ def same_as_one_process(folder: Path, *, name: str, options: dict, dtype: torch.
         assert book.total < 0.6 * opt.memory().total, "state is not spread"
 
 
+def engines(folder: Path, *, name: str) -> None:
+    """Graphs are for what one process has alone: shards take the eager way, with the draws of their own rows."""
+    alone, opt, together, twin = pair(name, torch.bfloat16, state_dtype="bfloat16", rounding="stochastic")
+    for group in twin.param_groups:
+        group["engine"] = "compiled"
+    for step in range(3):
+        hand_over(alone, together, step)
+        opt.step()
+        twin.step()
+    assert_same(alone, opt, together, twin)
+
+
 def bad_gradients(folder: Path, *, name: str) -> None:
     """Ranks agree: one number that is none, in the rows of one of them, and the parameter is left alone by all."""
     alone, opt, together, twin = pair(name)
@@ -428,6 +440,7 @@ CASES |= {
 }
 CASES |= {f"{name}-bad": partial(bad_gradients, name=name) for name in PLAIN}
 CASES |= {f"{name}-ddp": partial(same_under_ddp, name=name) for name in ALL}
+CASES |= {f"{name}-engines": partial(engines, name=name) for name in PLAIN}
 CASES |= {"zero": zero_is_no_step, "refusals": refusals}
 CASES |= {f"{label}-state": partial(states_in_and_out, label=label) for label in MOVING}
 CASES |= {f"{name}-losses-ddp": partial(same_losses, name=name, parallel="ddp") for name in ALL}

@@ -89,17 +89,22 @@ def optimizers_on(model: nn.Module, text: str) -> list[Optimizer]:
     own = copy.deepcopy(model)
     give_gradients(own)  # a deep copy drops them
     products = options.pop("products", None) if name == "torch.muon" else None
-    lr = options.pop("lr", LR)
-    if name in PEERS:
-        if package := PEERS[name].missing:
-            raise UserError(f"{name} needs {package}: pip install {package}")
-        return PEERS[name].build(own, lr, None, options)
-    found = build_optimizers(own, name, lr, None, options)
+    found = built(own, name, options)
     if products is not None:
         if products != "float32":
             raise UserError(f"{text}: products={products} is not known; it must be float32")
         _in_float32(found[0])
     return found
+
+
+def built(model: nn.Module, name: str, options: dict[str, Any]) -> list[Optimizer]:
+    """What steps all of this model."""
+    lr = options.pop("lr", LR)
+    if name not in PEERS:
+        return build_optimizers(model, name, lr, None, options)
+    if package := PEERS[name].missing:
+        raise UserError(f"{name} needs {package}: pip install {package}")
+    return PEERS[name].build(model, lr, None, options)
 
 
 def _in_float32(muon: Optimizer) -> None:

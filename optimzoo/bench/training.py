@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optimzoo.bench import timing
-from optimzoo.bench.candidates import parsed
+from optimzoo.bench.candidates import built, parsed
 from optimzoo.training.model import build_model, convert, loss_of
-from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.sections import Conversion
 
@@ -72,7 +71,7 @@ def _built(recipe: Recipe, label: str, device: torch.device) -> tuple[nn.Module,
     model = build_model(recipe, device)
     if kind and not recipe.modules:
         convert(model, Conversion.model_validate({"kind": kind, "match": match, **told}))
-    return model.train(), build_optimizers(model, name, options.pop("lr", 1e-5), None, options | NEEDS.get(name, {}))
+    return model.train(), built(model, name, options | NEEDS.get(name, {}))
 
 
 def _action(

@@ -58,7 +58,8 @@ def run(
         g = torch.zeros_like(p) if g is None else g  # other ranks have some rows of it
         known = None if ok is True else ok
         task = Task(member, g, states[p], lr * route.lr_scale, count, known, extras(p), lost.get(member.name))
-        if (shared := shards.is_sharded(p)) and route.rule.elementwise and _by_rows(task.state, p):
+        spread = shared = shards.is_sharded(p)
+        if spread and route.rule.elementwise and _by_rows(task.state, p):
             task, shared = _on_rows(task), False
         key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
         if not _in_place(task):
@@ -67,7 +68,7 @@ def run(
                     step_stacked([task], 0)
                 else:
                     stacks[*key, matrix_shape(p, route.layout)].append(task)
-            elif graphs.wanted(task):
+            elif not spread and graphs.wanted(task):
                 step_compiled(task)
             else:
                 step_one(task)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo import lookup_backend
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.passes.split_module import split_module
 
 from optimzoo.core import shards
@@ -35,7 +35,8 @@ _failed = False  # whether this machine has shown that it cannot compile
 
 
 def wanted(task: Task) -> bool:
-    """Whether a graph takes this step: not where ranks share it, nothing has values, or a refresh is due.
+    """Whether a graph takes this step: not where ranks share the parameter, nothing has values, or a refresh
+    is due.
 
     On a CPU a graph gains where numbers are narrow, are widened, worked on and rounded in many passes. With wide ones
     it was measured to be as slow as the eager engine or slower.
@@ -43,13 +44,15 @@ def wanted(task: Task) -> bool:
     p, rule, h = task.member.p, task.rule, task.h
     if h.engine != "compiled" or _failed or shards.is_sharded(p) or not has_values(p):
         return False
+    if not (p.is_contiguous() and task.g.is_contiguous()):  # strides that change would each make a graph
+        return False
     if rule.refresh is not None and rule.due(task.count, h):
         return False
     dtype = compute_dtype(p.dtype)
     narrow = p.dtype != dtype or any(is_coarse(task.state, name, dtype) for name in slot_names(task.state))
     if on_host(p) and not narrow:
         return False
-    known = _graphs[_place(task)]
+    known = _graphs.get(_place(task), {})
     return h in known or len(known) < MOST
 
 
@@ -149,7 +152,7 @@ def _move(
 
 def _place(task: Task) -> tuple:
     p, route = task.member.p, task.member.route
-    about = (tuple(p.shape), p.stride(), p.dtype, task.g.dtype, p.device, task.ok is None, task.lost is None)
+    about = (tuple(p.shape), p.dtype, task.g.dtype, p.device, task.ok is None, task.lost is None)
     return route.rule, route.layout, *about
 
 
@@ -205,7 +208,7 @@ def _compiled(function: Callable, route: Route) -> Callable:
         if not _failed:
             try:
                 return made(*args)
-            except TorchDynamoException as error:  # nothing has been written yet
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # nothing has been written yet
                 _failed = True
                 reason = " ".join(str(error).split("\n\n")[0].split())
                 warnings.warn(

@@ -22,7 +22,7 @@ never a missing, sparse or non-finite gradient.
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -196,7 +196,8 @@ class ZooOptimizer(torch.optim.Optimizer):
             lr = lr.item()
         # A parameter of which other ranks have rows may have a gradient there.
         paced = [self.paced(member) for member in members if member.p.grad is not None or is_sharded(member.p)]
-        self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
+        with without_autocast(paced[0].p.device if paced else None):
+            self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
 
     @contextmanager
     def count_lost(self) -> Iterator[Lost]:
@@ -385,6 +386,13 @@ class ZooOptimizer(torch.optim.Optimizer):
 
 
 ZooOptimizer.options = options_of(ZooOptimizer)  # `__init_subclass__` sees subclasses only
+
+
+def without_autocast(device: torch.device | None) -> AbstractContextManager:
+    """A step computes in the dtypes that it chooses, also where it is taken inside of a forward's autocast."""
+    if device is None or not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

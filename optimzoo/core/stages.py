@@ -31,14 +31,6 @@ def first_stage(rule: Any) -> Callable:
     return rule.direction if rule.prepare is None else rule.prepare
 
 
-def direct(rule: Any, g: Tensor, w: Tensor, h: Any, slots: Mapping[str, Any]) -> Tensor:
-    """A rule's direction on one matrix, in one go whether or not it is written in stages."""
-    if rule.prepare is None:
-        return rule.direction(g, w, h, **slots)
-    x, *kept = rule.prepare(g, w, h, **slots)
-    return rule.conclude(rule.products(h)(x), h, *kept)
-
-
 def run_first(
     rule: Any,
     h: Any,

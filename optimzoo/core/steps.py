@@ -83,6 +83,8 @@ def _step_some(tasks: list[Task], room: int) -> int:
     """Step the first few of them; returns how many."""
     x, *kept = _prepared(tasks[0])
     narrow = x.dtype.itemsize < 4
+    if tasks[0].ok is not None:  # while the next one is prepared, its slots stand there twice
+        room -= sum(t.nbytes for t in tasks[0].state.values())
     number = min(len(tasks), _stack_size(x, kept, room)) if narrow else 1
     # A tall one lies on its side: products of its columns are slow, and come out in other ways alone and in a batch.
     turned = narrow and x.shape[0] > x.shape[1]
@@ -102,7 +104,7 @@ def _step_some(tasks: list[Task], room: int) -> int:
 
 
 def _stack_size(x: Tensor, kept: list[Tensor], room: int) -> int:
-    """Matrices in a stack: while their products are made, three of each are alive; a CPU's threads take one each."""
+    """Matrices in a stack: while products are made of them, three of each are alive; a CPU's threads take one each."""
     each = 3 * x.nbytes + sum(t.nbytes for t in kept)
     most = max(1, min(room, STACK) // max(1, each))
     return min(most, torch.get_num_threads()) if on_host(x) else most

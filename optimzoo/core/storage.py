@@ -90,13 +90,13 @@ def open_slot(state: State, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def close_slot(state: State, name: str, opened: Tensor, seed: int | Tensor, first: int = 0) -> None:
-    """Write a working copy back, rounded without bias; nothing to do when the slot itself was used.
+    """Write a working copy back, rounded without bias.
 
     `first` is the position in the slot of the first element of `state[name]`, which may be a piece of it.
     """
     if name + SCALE in state:
         quantize_(state[name], state[name + SCALE], opened, seed, first)
-    elif opened is not state[name]:
+    else:
         stochastic_round_(state[name], opened, seed, first)
 
 

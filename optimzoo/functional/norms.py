@@ -14,12 +14,12 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
-def standardise_rows(g: Tensor, center: bool = True, norm: float | None = None) -> Tensor:
+def standardise_rows(g: Tensor, center: bool = True, total: float | None = None) -> Tensor:
     """(..., m, n) -> (..., m, n): every row minus its mean (with `center`) and over its root mean square.
 
         x_ij = (g_ij - mean_i) / sqrt(mean_j (g_ij - mean_i)^2)
 
-    Rows without spread (zero, constant, or smaller than a millionth of the largest) become exactly zero. With `norm`,
+    Rows without spread (zero, constant, or smaller than a millionth of the largest) become exactly zero. With `total`,
     each matrix is scaled to that Frobenius norm instead, in the same pass. Ma et al., "SWAN", 2024, arXiv:2412.13148.
     One (m, n) is allocated: the result, of at least float32.
     """
@@ -34,8 +34,8 @@ def standardise_rows(g: Tensor, center: bool = True, norm: float | None = None) 
     spread = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if center else size
     floor = torch.maximum(size, spread.amax(-2, keepdim=True)).mul_(DEGENERATE)
     alive = spread > floor
-    if norm is not None:
-        root = norm / alive.sum(-2, keepdim=True).clamp_min(1).to(dtype).sqrt()
+    if total is not None:
+        root = total / alive.sum(-2, keepdim=True).clamp_min(1).to(dtype).sqrt()
     return x.mul_(torch.where(alive, root / spread.clamp_min(tiny), 0))
 
 

@@ -32,6 +32,7 @@ def pieces(tensor: Tensor, size: int) -> list[slice]:
 
     Without values the first two stand for all: the others cost the same, and plans of large models would take minutes.
     """
-    step = tensor.numel() if torch.compiler.is_compiling() else piece_size(tensor, size)  # a graph has loops of its own
+    # A graph has loops of its own.
+    step = max(1, tensor.numel()) if torch.compiler.is_compiling() else piece_size(tensor, size)
     every = range(0, tensor.numel(), step)
     return [slice(start, start + step) for start in (every if has_values(tensor) else every[:2])]

@@ -101,11 +101,8 @@ class COSMOS(MatrixOptimizer):
 
     @staticmethod
     def conclude(u: Tensor, h: Any, adam: Tensor, basis: Tensor) -> Tensor:
-        rms_to_norm, tiny, u = (
-            math.sqrt(u.numel()),
-            torch.finfo(adam.dtype).tiny,
-            u.to(adam.dtype, memory_format=torch.contiguous_format),
-        )
+        u = u.to(adam.dtype, memory_format=torch.contiguous_format)
+        rms_to_norm, tiny = math.sqrt(u.numel()), torch.finfo(u.dtype).tiny
         u.mul_(h.gamma * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny)).addmm_(adam, basis.mT)
         return u.mul_(h.lr_ratio * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny))
 

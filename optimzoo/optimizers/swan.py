@@ -51,7 +51,7 @@ class SWAN(MatrixOptimizer):
 
     @staticmethod
     def prepare(g: Tensor, w: Tensor, h: Any) -> tuple[Tensor]:
-        x = standardise_rows(g, h.center, norm=1.0)
+        x = standardise_rows(g, h.center, total=1.0)
         return (x if h.backend == "exact" else x.to(product_dtype(g)),)
 
     @staticmethod
