@@ -106,9 +106,9 @@ def test_options_that_move_at_every_step_are_not_compiled_for_ever(monkeypatch):
     results = []
     for how in ("auto", "compiled"):
         model = tiny(dtype=torch.bfloat16)
-        opt = optimzoo.SWAN(model, engine=how)
+        opt = optimzoo.FRUGAL(model, engine=how)
         for step in range(2 * graphs.MOST):
-            opt.param_groups[0]["lr_ratio"] = 0.1 + 0.01 * step
+            opt.param_groups[0]["state_free_lr_scale"] = 0.1 + 0.01 * step
             give_gradients(model.parameters(), step)
             opt.step()
         results.append(weights(model))
@@ -141,10 +141,10 @@ def test_what_cannot_be_compiled_steps_without_and_says_so_once(monkeypatch):
     monkeypatch.setattr(graphs, "BACKEND", broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compiled = trained(optimzoo.SWAN, "compiled", dtype=torch.bfloat16)
+        compiled = trained(optimzoo.FRUGAL, "compiled", dtype=torch.bfloat16)
     (warning,) = [w for w in caught if "engine='compiled'" in str(w.message)]
     assert "no compiler here" in str(warning.message)
-    for a, b in zip(compiled, trained(optimzoo.SWAN, "auto", dtype=torch.bfloat16), strict=True):
+    for a, b in zip(compiled, trained(optimzoo.FRUGAL, "auto", dtype=torch.bfloat16), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
