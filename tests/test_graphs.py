@@ -66,6 +66,15 @@ def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, roundin
     assert counters["stats"]["unique_graphs"] == made()
 
 
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"])
+def test_a_graph_rounds_with_the_draws_of_the_eager_engine(state_dtype, monkeypatch):
+    """To the bit, where the arithmetic is element by element: another seed would move other elements."""
+    monkeypatch.setattr(storage, "SMALL", 32)
+    options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "rounding": "stochastic"}
+    assert same(*(trained(optimzoo.AdamW, how, **options) for how in ("auto", "compiled")))
+    assert made() > 0
+
+
 @plain
 def test_no_new_graphs_when_rates_and_steps_move(cls):
     for projection in ({"projection": "rows"}, {"projection": "svd"}) if cls is optimzoo.FRUGAL else ({},):

@@ -4,7 +4,7 @@
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
 * rules in stages several matrices of one shape at a time, as many as the rule's workspace has room for;
 * everything else one matrix at a time;
-* with `engine="compiled"` as a graph whatever has no kernel of its own.
+* of the last three, with `engine="compiled"`, those that `graphs.wanted` names as a graph.
 """
 
 from collections import defaultdict
@@ -86,9 +86,9 @@ def run(
 
 
 def _room(members: list[Member], task: Task) -> int:
-    """Bytes of workspace that the rule states, or as much as one matrix takes."""
+    """Bytes of workspace that the rule states for the largest of these."""
     largest = max(m.p.numel() * compute_dtype(m.p.dtype).itemsize for m in members)
-    return int(task.member.route.rule.workspace * largest)
+    return int(task.rule.workspace * largest)
 
 
 def _by_rows(state: State, p: Tensor) -> bool:
@@ -112,7 +112,7 @@ def _in_place(task: Task) -> bool:
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
-    p, g, rule, h = task.member.p, task.g, task.member.route.rule, task.member.route.h
+    p, g, rule, h = task.member.p, task.g, task.rule, task.h
     if rule.update is None or not rule.in_place(h, on_host(p)) or task.member.route.layout == "transposed":
         return False
     if rule.refresh is not None and rule.due(task.count, h):

@@ -23,7 +23,7 @@ from optimzoo.core.apply import apply_update
 from optimzoo.core.member import Task
 from optimzoo.core.routing import Route, as_matrix, from_matrix
 from optimzoo.core.stages import first_stage, keywords, run_first
-from optimzoo.core.storage import ERROR, State, compute_dtype, is_coarse, slot_names
+from optimzoo.core.storage import ERROR, compute_dtype, is_coarse, slot_names
 from optimzoo.functional.slices import has_values, on_host
 
 BACKEND = "inductor"
@@ -35,8 +35,7 @@ _failed = False  # whether this machine has shown that it cannot compile
 
 
 def wanted(task: Task) -> bool:
-    """Whether a graph takes this step: not where ranks share the parameter, nothing has values, or a refresh
-    is due.
+    """Whether a graph takes this step: not where ranks share it, nothing has values or a refresh is due.
 
     On a CPU a graph gains where numbers are narrow, are widened, worked on and rounded in many passes. With wide ones,
     and for rules in stages, whose time goes into products, it was measured to be as slow as the eager engine or slower.
@@ -58,20 +57,21 @@ def wanted(task: Task) -> bool:
 
 def step(task: Task, given: dict[str, Any]) -> None:
     """The whole step, by a rule that is written in one function."""
-    _graph(task, _step)(*_first(task, given), *_last(task))
+    _graph(task, _step)(_first(task, given), _last(task))
 
 
 def prepare(task: Task, given: dict[str, Any]) -> tuple[Tensor, ...]:
     """The first stage of a rule in stages."""
-    return _graph(task, _prepare)(*_first(task, given))
+    return _graph(task, _prepare)(_first(task, given))
 
 
 def conclude(task: Task, x: Tensor, kept: list[Tensor]) -> None:
     """Its last stage, and the change of the weight."""
-    _graph(task, _conclude)(task.member.p, x, kept, task.ok, *_last(task))
+    _graph(task, _conclude)(x, kept, _last(task))
 
 
 def _first(task: Task, given: dict[str, Any]) -> tuple:
+    """What `_prepare` takes apart."""
     names = keywords(first_stage(task.rule))
     numbers = {name: _tensor(value) for name, value in given.items() if name in names}
     dtype = compute_dtype(task.member.p.dtype)
@@ -85,8 +85,9 @@ def _first(task: Task, given: dict[str, Any]) -> tuple:
 
 
 def _last(task: Task) -> tuple:
+    """What `_move` takes apart."""
     seed = _tensor(task.rounding_seed("weight")) if task.h.rounding == "stochastic" else None
-    return _tensor(task.lr), task.state.get(ERROR), seed, task.lost
+    return task.member.p, task.ok, _tensor(task.lr), task.state.get(ERROR), seed, task.lost
 
 
 def _tensor(value: float | Tensor) -> Tensor:
@@ -99,50 +100,22 @@ def _tensor(value: float | Tensor) -> Tensor:
 # The graphs.
 
 
-def _step(
-    route: Route,
-    names: frozenset[str],
-    p: Tensor,
-    g: Tensor,
-    slots: State,
-    given: dict[str, Tensor],
-    seeds: dict[int, Tensor],
-    ok: Tensor | None,
-    *last: Any,
-) -> None:
-    _move(route, p, _prepare(route, names, p, g, slots, given, seeds, ok), ok, *last)
+def _step(route: Route, names: frozenset[str], first: tuple, last: tuple) -> None:
+    _move(route, _prepare(route, names, first), last)
 
 
-def _prepare(
-    route: Route,
-    names: frozenset[str],
-    p: Tensor,
-    g: Tensor,
-    slots: State,
-    given: dict[str, Tensor],
-    seeds: dict[int, Tensor],
-    ok: Tensor | None,
-) -> Any:
+def _prepare(route: Route, names: frozenset[str], first: tuple) -> Any:
+    p, g, slots, given, seeds, ok = first
     g, w = as_matrix(g, route.layout), as_matrix(p, route.layout)
     return run_first(route.rule, route.h, names, g, w, slots, given, seeds.__getitem__, ok)
 
 
-def _conclude(
-    route: Route, names: frozenset[str], p: Tensor, x: Tensor, kept: list[Tensor], ok: Tensor | None, *last: Any
-) -> None:
-    _move(route, p, route.rule.conclude(x, route.h, *kept), ok, *last)
+def _conclude(route: Route, names: frozenset[str], x: Tensor, kept: list[Tensor], last: tuple) -> None:
+    _move(route, route.rule.conclude(x, route.h, *kept), last)
 
 
-def _move(
-    route: Route,
-    p: Tensor,
-    u: Tensor,
-    ok: Tensor | None,
-    lr: Tensor,
-    error: Tensor | None,
-    seed: Tensor | None,
-    lost: Tensor | None,
-) -> None:
+def _move(route: Route, u: Tensor, last: tuple) -> None:
+    p, ok, lr, error, seed, lost = last
     u = from_matrix(u, p, route.layout)
     apply_update(p, u, lr, route.h.weight_decay, ok, route.rule.decay_after, error=error, seed=seed, lost=lost)
 

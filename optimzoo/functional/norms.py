@@ -14,6 +14,14 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
+def largest(x: Tensor) -> Tensor:
+    """(..., m, n) -> (..., 1, 1): largest absolute values.
+
+    Without taking any, and by rows: a tenth of the time of the norm of that name on a CPU.
+    """
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).amax(-2, keepdim=True)
+
+
 def standardise_rows(g: Tensor, center: bool = True, total: float | None = None) -> Tensor:
     """(..., m, n) -> (..., m, n): every row minus its mean (with `center`) and over its root mean square.
 
@@ -25,9 +33,7 @@ def standardise_rows(g: Tensor, center: bool = True, total: float | None = None)
     """
     dtype = torch.promote_types(g.dtype, torch.float32)
     tiny, root = torch.finfo(dtype).tiny, math.sqrt(g.shape[-1])
-    # By rows and without absolute values, which takes a tenth of the time of the norm of that name on a CPU.
-    most = torch.maximum(g.amax(-1, keepdim=True), -g.amin(-1, keepdim=True)).amax(-2, keepdim=True)
-    x = g.to(dtype, copy=True).div_(most.to(dtype).clamp_min_(tiny))  # squares of 1e-30 would vanish
+    x = g.to(dtype, copy=True).div_(largest(g).to(dtype).clamp_min_(tiny))  # squares of 1e-30 would vanish
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if center:
         x.sub_(x.mean(-1, keepdim=True))

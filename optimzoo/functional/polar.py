@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from optimzoo.functional.norms import norm
+
 Coefficients = tuple[float, float, float]
 
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
@@ -82,7 +84,7 @@ def exact_(x: Tensor) -> Tensor:
 def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     """(..., m, n) -> (m, n) or (batch, m, n): a copy of Frobenius norm 1, contiguous."""
     x = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    x.div_(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).add_(eps))
+    x.div_(norm(x).add_(eps))
     return x.flatten(0, -3) if x.ndim > 3 else x
 
 

@@ -12,6 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from optimzoo.functional.norms import largest
 from optimzoo.functional.random import fold, hash32
 from optimzoo.functional.subspace import random_basis_
 
@@ -115,9 +116,8 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
 
 
 def noise_unit(g: Tensor, rank: int) -> Tensor:
-    """0-dim: the rounding noise in what a basis of that rank leaves of g (m, n)."""
-    most = torch.maximum(g.amax(-1), -g.amin(-1)).amax()  # the norm of that name takes ten times as long on a CPU
-    return most.mul_(4 * rank**0.5 * torch.finfo(g.dtype).eps).clamp_min_(torch.finfo(g.dtype).tiny)
+    """(1, 1): the rounding noise in what a basis of that rank leaves of g (m, n)."""
+    return largest(g).mul_(4 * rank**0.5 * torch.finfo(g.dtype).eps).clamp_min_(torch.finfo(g.dtype).tiny)
 
 
 def whose_turn(sizes: Mapping[str, int], density: float, period: int, seed: int) -> set[str]:
