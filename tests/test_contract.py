@@ -466,6 +466,26 @@ def test_matrices_of_one_shape_step_as_each_of_them_alone(cls, dtype, shape, mon
     assert cls.prepare is None or max(stacks) > 1
 
 
+@plain
+def test_long_matrices_step_as_alone_where_threads_share_their_sums(cls, monkeypatch):
+    monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
+
+    def stepped(among):
+        named = [(f"w{i}", nn.Parameter(torch.ones(128, 2048))) for i in range(2)]
+        largest = nn.Parameter(torch.ones(1024, 512))
+        optimizers = [cls([*pairs, ("largest", largest)], lr=0.1) for pairs in among(named)]
+        give_gradients([p for _, p in named] + [largest], 0)
+        for opt in optimizers:
+            opt.step()
+        return [p for _, p in named]
+
+    torch.set_num_threads(2)
+    try:
+        assert same(stepped(lambda named: [named]), stepped(lambda named: [[pair] for pair in named]))
+    finally:
+        torch.set_num_threads(1)
+
+
 @every
 @precisions
 def test_autocast_around_a_step_changes_nothing(cls, dtype):

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimzoo.functional import norms, polar, projection
+from optimzoo.functional import norms, polar, projection, slices, subspace
 from optimzoo.functional.directions import stateless_direction
 from optimzoo.functional.moments import adam_direction
 from optimzoo.functional.random import fold, generator, uniform
@@ -188,6 +188,40 @@ def test_matrix_functions_compile_to_one_graph(function):
     x = matrix((12, 20), "gaussian").float()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), function(x))
+
+
+# ---- subspaces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "zero columns", "one entry", "nothing"])
+def test_a_subspace_is_followed_in_float32_as_in_float64(spectrum, scale):
+    g = matrix((48, 40), spectrum if spectrum in SPECTRA else "gaussian") * scale
+    if spectrum == "zero columns":
+        g[:, 5:] = 0
+    elif spectrum == "one entry":
+        g[1:], g[:, 1:] = 0, 0
+    elif spectrum == "nothing":
+        g.zero_()
+    start = torch.linalg.qr(matrix((40, 12), "gaussian", 9)).Q
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        basis, gram = start.to(dtype), torch.zeros(12, 12, dtype=dtype)
+        for step in range(20):
+            subspace.follow((g * (1 + step % 3)).to(dtype), basis, gram, 0.9)
+        orthogonal = basis.double().mT @ basis.double()
+        torch.testing.assert_close(orthogonal, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-6)
+        found[dtype] = gram.double().trace() / scale**2
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=1e-4, atol=1e-30)
+
+
+def test_transposed_in_pieces(monkeypatch):
+    monkeypatch.setattr(slices, "TRANSPOSED", 40)
+    for shape in [(17, 9), (9, 17), (3, 50), (1, 4), (5, 0)]:
+        x = torch.randn(shape, dtype=torch.bfloat16)
+        out = torch.empty(shape[::-1], dtype=torch.bfloat16)
+        slices.transpose_into(out, x)
+        assert torch.equal(out, x.mT)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

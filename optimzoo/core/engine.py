@@ -44,7 +44,7 @@ def run(
     lists: dict[tuple, list[Task]] = defaultdict(list)
     stacks: dict[tuple, list[Task]] = defaultdict(list)
     members = list(members)
-    together = admit_together(members)
+    together, largest = admit_together(members), _largest(members)
     for member in members:
         p, g, route = member.p, member.p.grad, member.route
         ok = together[p] if p in together else g is not None and admit(g, route.rule, route.h.check_finite)
@@ -67,7 +67,10 @@ def run(
                 if shared:
                     step_stacked([task], 0)
                 else:
-                    stacks[*key, matrix_shape(p, route.layout)].append(task)
+                    alike = (*key, matrix_shape(p, route.layout))
+                    stacks[alike].append(task)
+                    if on_host(p) and len(stacks[alike]) == torch.get_num_threads():
+                        step_stacked(stacks.pop(alike), largest)  # while the gradients are in caches
             elif not spread and graphs.wanted(task):
                 step_compiled(task)
             else:
@@ -81,14 +84,13 @@ def run(
     for batch in lists.values():
         step_list(batch)
     for batch in stacks.values():
-        step_stacked(batch, _room(members, batch[0]))
+        step_stacked(batch, largest)
     return skipped, unknown
 
 
-def _room(members: list[Member], task: Task) -> int:
-    """Bytes of workspace that the rule states for the largest of these."""
-    largest = max(m.p.numel() * compute_dtype(m.p.dtype).itemsize for m in members)
-    return int(task.rule.workspace * largest)
+def _largest(members: list[Member]) -> int:
+    """Bytes of the largest of these as rules see it."""
+    return max((m.p.numel() * compute_dtype(m.p.dtype).itemsize for m in members), default=0)
 
 
 def _by_rows(state: State, p: Tensor) -> bool:

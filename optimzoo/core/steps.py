@@ -17,8 +17,9 @@ from optimzoo.core.member import Task
 from optimzoo.core.routing import as_matrix, from_matrix
 from optimzoo.core.stages import asked, first_stage, keywords, run_first
 from optimzoo.core.storage import ERROR, State, is_scale
+from optimzoo.functional.batched import batch_is_as_alone
 from optimzoo.functional.quantize import block_part
-from optimzoo.functional.slices import has_values, on_host, piece_size, pieces
+from optimzoo.functional.slices import has_values, on_host, piece_size, pieces, transpose_into
 
 STACK = 1 << 26  # bytes of a stack above which one matrix is enough to keep the hardware busy
 
@@ -69,12 +70,15 @@ def step_one(task: Task) -> None:
         _change_matrix(task, _run_whole(task))
 
 
-def step_stacked(tasks: list[Task], room: int) -> None:
-    """A rule in stages, on matrices of one shape: as many at a time as `room` bytes have place for.
+def step_stacked(tasks: list[Task], largest: int) -> None:
+    """A rule in stages, on matrices of one shape: as many at a time as the workspace that it states has place for.
+
+    It states a multiple of the `largest` matrix, in bytes; 0 is for one at a time.
 
     The product of two matrices in bfloat16 leaves most of the hardware idle unless they are large; several at once do
     not. Wide dtypes fill it with one, and would come out of a batch with other last digits.
     """
+    room = int(tasks[0].rule.workspace * largest)
     while tasks:
         tasks = tasks[_step_some(tasks, room) :]
 
@@ -86,6 +90,8 @@ def _step_some(tasks: list[Task], room: int) -> int:
     if tasks[0].ok is not None:  # while the next one is prepared, its slots stand there twice
         room -= sum(t.nbytes for t in tasks[0].state.values())
     number = min(len(tasks), _stack_size(x, kept, room)) if narrow else 1
+    if number > 1 and on_host(x) and has_values(x) and not batch_is_as_alone(number, x.shape, x.dtype):
+        number = 1
     # A tall one lies on its side: products of its columns are slow, and come out in other ways alone and in a batch.
     turned = narrow and x.shape[0] > x.shape[1]
     stack, thin = x.new_empty((number, *sorted(x.shape))) if narrow else x[None], [kept]
@@ -93,8 +99,10 @@ def _step_some(tasks: list[Task], room: int) -> int:
         if index > 0:
             x, *kept = _prepared(task)
             thin.append(kept)
-        if narrow:
-            stack[index].copy_(x.mT if turned else x)
+        if turned:
+            transpose_into(stack[index], x)
+        elif narrow:
+            stack[index].copy_(x)
         del x  # before the next one is made
     done = tasks[0].rule.products(tasks[0].h)(stack if number > 1 else stack[0])
     del stack  # used up

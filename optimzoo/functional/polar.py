@@ -14,7 +14,6 @@ QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
 CUBIC_CONTACT: Coefficients = (15 / 8, -10 / 8, 3 / 8)
 """The quintic whose first two derivatives vanish at 1: finishes what `QUINTIC` has brought near 1."""
 
-
 GRAM_FORM = 1.75
 """Longer side over shorter above which `quintic_` works on the Gram matrix: (2 r + 17) s^3 products, not (10 r + 5)."""
 
@@ -52,8 +51,8 @@ def _gram_steps(gram: Tensor, steps: int) -> Tensor:
     """(..., s, s), used up -> (..., s, s): the product of all steps' polynomials a + b k + c k², with k <- p k p."""
     product = gram
     for step in range(steps):
-        poly = _polynomial(gram, QUINTIC)
-        room = torch.empty_like(gram)
+        room = gram.clone()
+        poly = _polynomial(room, QUINTIC)
         if step < steps - 1:
             torch.matmul(torch.matmul(poly, gram, out=room), poly, out=gram)
         product = torch.matmul(product, poly, out=room) if step else poly
@@ -95,20 +94,26 @@ def _iterate_(x: Tensor, steps: list[Coefficients]) -> Tensor:
     """
     x = x.contiguous()
     tall, room, poly = x.shape[-2] > x.shape[-1], torch.empty_like(x), None
+    multiply = torch.mm if x.ndim == 2 else torch.bmm
     shape = (*x.shape[:-2], *[min(x.shape[-2:])] * 2)
     for coefficients in steps:
         gram = room.view(-1)[: math.prod(shape)].view(shape)
-        torch.matmul(*((x.mT, x) if tall else (x, x.mT)), out=gram)
+        multiply(*((x.mT, x) if tall else (x, x.mT)), out=gram)
         poly = _polynomial(gram, coefficients, poly)
-        torch.matmul(*((x, poly) if tall else (poly, x)), out=room)
+        multiply(*((x, poly) if tall else (poly, x)), out=room)
         x, room = room, x
     return x
 
 
 def _polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
-    """(..., s, s) -> a + b k + c k². In bfloat16 the sum on the diagonal rounds no worse than x itself does."""
+    """(..., s, s), used up -> a + b k + c k² = c (k + b / 2c)² + a - b² / 4c, a product that nothing is added to.
+
+    In bfloat16 the sums on the diagonal round no worse than x itself does.
+    """
     a, b, c = coefficients
-    add_product = torch.addmm if gram.ndim == 2 else torch.baddbmm
-    poly = add_product(gram, gram, gram, beta=b, alpha=c, out=out)
-    poly.diagonal(dim1=-2, dim2=-1).add_(a)
-    return poly
+    gram.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
+    out = torch.empty_like(gram) if out is None else out
+    square = torch.addmm if gram.ndim == 2 else torch.baddbmm
+    square(out, gram, gram, beta=0, alpha=c, out=out)
+    out.diagonal(dim1=-2, dim2=-1).add_(a - b * b / (4 * c))
+    return out

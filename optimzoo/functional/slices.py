@@ -5,6 +5,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 DEVICE_PIECE = 1 << 22  # elements: with fewer, launching kernels takes longer than running them
+TRANSPOSED = 1 << 18  # elements transposed at a time
+ROW_GAP = 32  # elements between rows that are to lie in different sets of a cache
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -36,3 +38,20 @@ def pieces(tensor: Tensor, size: int) -> list[slice]:
     step = max(1, tensor.numel()) if torch.compiler.is_compiling() else piece_size(tensor, size)
     every = range(0, tensor.numel(), step)
     return [slice(start, start + step) for start in (every if has_values(tensor) else every[:2])]
+
+
+def transpose_into(out: Tensor, x: Tensor) -> None:
+    """out (n, m) <- x (m, n), both contiguous.
+
+    Torch does this with one thread. And where rows are a power of two apart, a column lies in few sets of a CPU's
+    caches. So some rows at a time are copied a little farther apart, which makes it two to four times as fast.
+    """
+    if not on_host(x):
+        out.copy_(x.mT)
+        return
+    m, n = x.shape
+    rows = max(1, min(m, TRANSPOSED // max(1, n)))
+    room = x.new_empty(rows, n + ROW_GAP)[:, :n]
+    for start in range(0, m, rows):
+        block = x[start : start + rows]
+        out[:, start : start + rows].copy_(room[: block.shape[0]].copy_(block).mT)

@@ -84,14 +84,15 @@ class COSMOS(MatrixOptimizer):
         exp_avg_sq: Tensor,
         step: float | Tensor,
     ) -> tuple[Tensor, ...]:
-        torch.add(g, momentum, alpha=h.betas[0], out=momentum)
         weight = (1 - h.betas[0] ** step) / (1 - h.betas[0])
         if h.nesterov:
             weight = 1 + h.betas[0] * weight
         low = follow(g, basis, gram, h.betas[1])
         exp_avg_sq.mul_(h.betas[1]).addcmul_(low, low, value=1 - h.betas[1])
-        x = _rest(g, momentum, basis, low, weight, h).to(product_dtype(g))
-        adam = low.div_(weight * (exp_avg_sq.sqrt().div_((1 - h.betas[1] ** step) ** 0.5).add_(h.eps)))
+        torch.add(g, momentum, alpha=h.betas[0], out=momentum)
+        x = _rest(g, momentum, basis, low, weight, h)
+        spread = exp_avg_sq.sqrt().mul_(weight / (1 - h.betas[1] ** step) ** 0.5).add_(weight * h.eps)
+        adam = low.div_(spread)
         energy = gram.diagonal()
         return x, adam.mul_(energy > NULL_ENERGY * energy.max()), basis
 
@@ -114,4 +115,5 @@ def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float
     d.addmm_(low, basis.mT, alpha=-1)
     size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
     alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
-    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0))
+    d = d.to(product_dtype(g))
+    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype))
