@@ -226,7 +226,8 @@ def plan(
         print(json.dumps({k: {"error": str(v)} if isinstance(v, Exception) else v.as_dict() for k, v in found.items()}))
         return
     for label, result in found.items():
-        print(label if len(found) > 1 else getattr(result, "optimizer", ""), result, sep="\n", end="\n\n")
+        print(label if len(found) > 1 else getattr(result, "optimizer", ""), end=": ")
+        print(training.planning.setting(recipe.entries()[label], checkpointing, ranks), result, sep="\n", end="\n\n")
 
 
 @app.command(context_settings=OPEN)
@@ -252,7 +253,12 @@ def fit(
         recipe = _planned(training, words, model, None, shape, changes)
         memory, how = training.planning.bytes_of(gpu), {"checkpointing": checkpointing, "world_size": ranks}
         result = training.planning.fits(recipe, memory, device=device, **how)
-    print(json.dumps(result.as_dict()) if as_json else result)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    print(f"{training.planning.setting(recipe, checkpointing, ranks)}, in {gpu}", result, sep="\n")
+    if not any(row.batch for row in result.rows):
+        print(training.planning.advice(recipe, checkpointing, ranks))
 
 
 @app.command()

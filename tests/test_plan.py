@@ -383,6 +383,19 @@ def test_plan_and_fit_of_a_configuration(command, tmp_path: Path) -> None:  # no
     assert "Adafactor" in rows["torch.adafactor"]["refused"]
 
 
+def test_plan_and_fit_say_what_they_are_about_and_what_else_could_be_tried(command, tmp_path: Path) -> None:  # noqa: F811
+    llama().config.save_pretrained(tmp_path)
+    words = ("--model", tmp_path / "config.json", "--batch", 2, "--sequence", 32)
+    shown = command("plan", *words, "--optimizer", "swan", "--release")[1]
+    assert shown.startswith("SWAN: transformers in bfloat16, 2 x 32 tokens, release\n")
+    shown = command("fit", "--gpu", "10KiB", *words, "--accumulate", 4, "--checkpointing", "--ranks", 2)[1]
+    assert shown.startswith(
+        "transformers in bfloat16, 2 x 32 tokens, 4 batches a step, checkpointing, 2 ranks, in 10KiB\n"
+    )
+    assert shown.endswith("nothing fits; try more --ranks, batches of 1, shorter sequences\n")
+    assert "nothing fits" not in command("fit", "--gpu", "1GiB", *words)[1]
+
+
 def test_wrong_words_are_one_sentence(command, tmp_path: Path) -> None:  # noqa: F811
     assert "did you mean '60m'" in refused(command("plan", "--model", "6m"))
     assert "did you mean 'density'" in refused(

@@ -90,6 +90,32 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
         raise UserError(str(error)) from error
 
 
+def setting(recipe: Recipe, checkpointing: bool, ranks: int) -> str:
+    """What is planned, in a line: the model and its dtype, the batch, and what saves memory."""
+    data, model = recipe.data, recipe.model
+    size = getattr(model, "size", None)
+    name = f"{model.name} {size}" if size else model.name
+    words = [f"{name} in {model.dtype}", f"{data.batch} x {data.sequence} tokens"]
+    words += [f"{data.accumulate} batches a step"] if data.accumulate > 1 else []
+    words += [f"{recipe.autocast} autocast"] if recipe.autocast != "none" else []
+    words += ["checkpointing"] if checkpointing or recipe.checkpointing else []
+    words += ["release"] if recipe.release else []
+    return ", ".join([*words, f"{ranks} ranks"] if ranks > 1 else words)
+
+
+def advice(recipe: Recipe, checkpointing: bool, ranks: int) -> str:
+    """What is left to try where nothing fits."""
+    left = {
+        "--checkpointing (the inputs of blocks instead of all activations)": checkpointing or recipe.checkpointing,
+        "--release (one gradient at a time)": recipe.release or ranks > 1 or recipe.data.accumulate > 1,
+        "more --ranks": recipe.release,
+        "batches of 1": recipe.data.batch == 1,
+        "bfloat16": recipe.model.dtype == "bfloat16",
+        "shorter sequences": recipe.data.sequence == 1,
+    }
+    return "nothing fits; try " + ", ".join(words for words, done in left.items() if not done)
+
+
 def _optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
     spec = recipe.optimizer
     return build_optimizers(model, spec.name, spec.lr, spec.fallback_lr, spec.options, recipe.schedule.steps)
