@@ -422,7 +422,8 @@ def test_compiles_whole_and_once(cls):
 @plain
 @pytest.mark.parametrize("threads", [1, 4, None])
 @pytest.mark.parametrize("layers", [2, 8])
-def test_workspace_is_bounded_by_the_largest_matrix(cls, layers, threads, monkeypatch):
+@pytest.mark.parametrize("maximize", [False, True])
+def test_workspace_is_bounded_by_the_largest_matrix(cls, maximize, layers, threads, monkeypatch):
     if threads is None:
         go_the_devices_way(monkeypatch)
     else:
@@ -430,7 +431,7 @@ def test_workspace_is_bounded_by_the_largest_matrix(cls, layers, threads, monkey
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
     largest = 256 * 512 * 4
     model = nn.Sequential(*(nn.Linear(512, 256, bias=False) for _ in range(layers)))
-    opt = cls(model)
+    opt = cls(model, maximize=maximize)
     for step in range(3):
         give_gradients(model.parameters(), step)
         if step == 0:  # the first step finds bases
@@ -438,7 +439,7 @@ def test_workspace_is_bounded_by_the_largest_matrix(cls, layers, threads, monkey
             continue
         with Workspace() as space:
             opt.step()
-        assert space.peak <= cls.workspace * largest
+        assert space.peak <= (cls.workspace + maximize) * largest
 
 
 @plain

@@ -76,7 +76,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     )
 
     paper: ClassVar[str] = ""
-    workspace: ClassVar[float] = 1.0  # temporaries of a step with float32 throughout, in largest parameters
+    workspace: ClassVar[float] = 1.0  # temporaries of a step in float32, in largest parameters; one more to maximize
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
