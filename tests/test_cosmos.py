@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optimzoo import COSMOS
+from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional import subspace
 from optimzoo.memory import Workspace
 from tests.cases import bare, give_gradients, tiny
@@ -202,3 +203,12 @@ def test_workspace_in_largest_matrices(shape):
     with Workspace() as space:
         opt.step()
     assert space.peak <= 4 * p.numel() * 4
+
+
+def test_the_smallest_eps_divides_nothing_into_infinity():
+    p = matrix(40, 30)
+    opt = COSMOS([("w", p)], lr=0.1, rank=30, eps=SMALLEST)
+    for _ in range(3):  # all of it in the basis: nothing is left for Muon
+        p.grad = torch.randn(40, 2) @ torch.randn(2, 30)
+        opt.step()
+    assert p.isfinite().all()

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from optimzoo.functional.norms import norm
 from optimzoo.functional.random import generator
 
 EXACT_SIDE = 1024
@@ -64,8 +65,8 @@ def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
     seen, narrow = g @ basis, g.dtype != torch.float64
     kept = gram * decay
     if narrow:
-        size = kept.diagonal().sum() + torch.linalg.vector_norm(seen).square_().mul_(1 - decay)
-        kept.diagonal().add_(size.mul_(SHIFT).clamp_min_(NOTHING))
+        size = kept.diagonal().sum() + norm(seen).square_().mul_(1 - decay)  # the trace of U^T H U
+        kept.diagonal().add_(size.mul_(SHIFT).clamp_min_(NOTHING).view(1))
     across = (kept @ basis.mT).addmm_(seen.mT, g, alpha=1 - decay)  # (H U)^T, whose rows are fast to write
     turned = _orthonormal_by_gram(across.mT) if narrow else orthonormal(across.mT)
     turn = basis.mT @ turned

@@ -22,7 +22,7 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
-from optimzoo.functional.norms import norm
+from optimzoo.functional.norms import norm, scale_to_rms_
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
 
@@ -103,9 +103,8 @@ class COSMOS(MatrixOptimizer):
     @staticmethod
     def conclude(u: Tensor, h: Any, adam: Tensor, basis: Tensor) -> Tensor:
         u = u.to(adam.dtype, memory_format=torch.contiguous_format)
-        rms_to_norm, tiny = math.sqrt(u.numel()), torch.finfo(u.dtype).tiny
-        u.mul_(h.gamma * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny)).addmm_(adam, basis.mT)
-        return u.mul_(h.lr_ratio * rms_to_norm / (norm(u) + h.eps).clamp_min(tiny))
+        scale_to_rms_(u, h.gamma, h.eps).addmm_(adam, basis.mT)
+        return scale_to_rms_(u, h.lr_ratio, h.eps)
 
 
 def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
