@@ -257,7 +257,7 @@ def fit(
         print(json.dumps(result.as_dict()))
         return
     print(f"{training.planning.setting(recipe, checkpointing, ranks)}, in {gpu}", result, sep="\n")
-    if not any(row.batch for row in result.rows):
+    if not result.any_fits:
         print(training.planning.advice(recipe, checkpointing, ranks))
 
 

@@ -125,6 +125,12 @@ class Fit:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def any_fits(self) -> bool:
+        """Whether something trains in the memory, or nothing could be planned."""
+        planned = [row for row in self.rows if row.peak is not None]
+        return not planned or any(row.batch for row in planned)
+
     def table(self) -> str:
         """The methods, what they need, and what is to spare, as aligned text."""
         cells = [("optimizer", "state", "workspace", f"peak (batch {self.batch})", "to spare", "largest batch")]

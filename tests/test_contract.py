@@ -468,11 +468,12 @@ def test_matrices_of_one_shape_step_as_each_of_them_alone(cls, dtype, shape, mon
 
 
 @plain
-def test_long_matrices_step_as_alone_where_threads_share_their_sums(cls, monkeypatch):
+@pytest.mark.parametrize("shape", [(128, 2048), (168, 294), (168, 168), (600, 300)])
+def test_matrices_step_as_alone_where_threads_share_their_sums(cls, shape, monkeypatch):
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
 
     def stepped(among):
-        named = [(f"w{i}", nn.Parameter(torch.ones(128, 2048))) for i in range(2)]
+        named = [(f"w{i}", nn.Parameter(torch.ones(shape))) for i in range(2)]
         largest = nn.Parameter(torch.ones(1024, 512))
         optimizers = [cls([*pairs, ("largest", largest)], lr=0.1) for pairs in among(named)]
         give_gradients([p for _, p in named] + [largest], 0)

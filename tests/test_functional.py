@@ -215,6 +215,18 @@ def test_a_subspace_is_followed_in_float32_as_in_float64(spectrum, scale):
     torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=1e-4, atol=1e-30)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.95])
+def test_a_basis_stays_orthonormal_when_the_gradient_leaves_it(decay):
+    basis, gram = torch.linalg.qr(torch.randn(160, 64)).Q, torch.zeros(64, 64)
+    for _ in range(5):
+        subspace.follow(torch.randn(200, 80) @ torch.eye(80, 160), basis, gram, decay)
+    away = torch.randn(160, 1)
+    away -= basis @ (basis.mT @ away)
+    for _ in range(3):
+        subspace.follow(1e6 * torch.randn(200, 1) @ away.mT, basis, gram, decay)
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(64), rtol=0, atol=1e-5)
+
+
 def test_transposed_in_pieces(monkeypatch):
     monkeypatch.setattr(slices, "TRANSPOSED", 40)
     for shape in [(17, 9), (9, 17), (3, 50), (1, 4), (5, 0)]:

@@ -392,8 +392,14 @@ def test_plan_and_fit_say_what_they_are_about_and_what_else_could_be_tried(comma
     assert shown.startswith(
         "transformers in bfloat16, 2 x 32 tokens, 4 batches a step, checkpointing, 2 ranks, in 10KiB\n"
     )
-    assert shown.endswith("nothing fits; try more --ranks, batches of 1, shorter sequences\n")
+    assert shown.endswith("nothing fits; try more --ranks, shorter sequences\n")
     assert "nothing fits" not in command("fit", "--gpu", "1GiB", *words)[1]
+    unplanned = command("fit", "--gpu", "1KiB", *words, "--release", "--ranks", 2)[1]
+    assert "one process" in unplanned
+    assert "nothing fits" not in unplanned
+    assert (
+        "with clip: 0" in command("fit", "--gpu", "10KiB", Path(__file__).parents[1] / "recipes" / "quickstart.yaml")[1]
+    )
 
 
 def test_wrong_words_are_one_sentence(command, tmp_path: Path) -> None:  # noqa: F811

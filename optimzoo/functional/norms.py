@@ -5,19 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from optimzoo.functional.slices import on_host
-
 DEGENERATE = 1e-6  # a row's spread below this share of its own size, or of the largest spread, is rounding noise
 
 
 def norm(x: Tensor) -> Tensor:
-    """(..., m, n) -> (..., 1, 1), at least float32: Frobenius norms.
-
-    A CPU is fastest with a line's product with itself; otherwise by rows, in which all of its threads join.
-    """
-    if x.ndim == 2 and on_host(x) and x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
-        line = x.view(-1)
-        return torch.dot(line, line).sqrt_().view(1, 1)
+    """(..., m, n) -> (..., 1, 1), at least float32: Frobenius norms; by rows, in which all of a CPU's threads join."""
     rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 

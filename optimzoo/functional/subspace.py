@@ -3,17 +3,10 @@
 import torch
 from torch import Tensor
 
-from optimzoo.functional.norms import norm
 from optimzoo.functional.random import generator
 
 EXACT_SIDE = 1024
 """Up to this smaller side a decomposition costs no more than a few steps; above, a sketch finds the subspace."""
-
-SHIFT = 1e-6
-"""What is added to H in float32, as a share of its size: ten times the rounding in products with it."""
-
-NOTHING = 1e-36
-"""A shift where H is zero, as it is of gradients whose squares are zero in float32."""
 
 PASSES = 8
 """Passes of a sketch of three times the rank: 0.999 of the energy even of a Gaussian matrix."""
@@ -58,33 +51,12 @@ def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
     g (m, n), basis U (n, r) and gram S (r, r), both changed in place; returns g U for the new U, (m, r).
 
         U <- QR(H U)        S <- U^T H U, symmetrised
-
-    In float32 the first line is of H + shift I, which has H's eigenvectors and no null space: there U stays as it is,
-    and columns are independent, so that their Gram matrix can be decomposed.
     """
-    seen, narrow = g @ basis, g.dtype != torch.float64
-    kept = gram * decay
-    if narrow:
-        size = kept.diagonal().sum() + norm(seen).square_().mul_(1 - decay)  # the trace of U^T H U
-        kept.diagonal().add_(size.mul_(SHIFT).clamp_min_(NOTHING).view(1))
-    across = (kept @ basis.mT).addmm_(seen.mT, g, alpha=1 - decay)  # (H U)^T, whose rows are fast to write
-    turned = _orthonormal_by_gram(across.mT) if narrow else orthonormal(across.mT)
+    across = (gram @ basis.mT).mul_(decay).addmm_((g @ basis).mT, g, alpha=1 - decay)  # its rows are fast to write
+    turned = orthonormal(across.mT)
     turn = basis.mT @ turned
     basis.copy_(turned)
     image = g @ basis
     projected = (turn.mT @ gram @ turn).mul_(decay).addmm_(image.mT, image, alpha=1 - decay)
     gram.copy_(projected).add_(projected.mT).mul_(0.5)
     return image
-
-
-def _orthonormal_by_gram(x: Tensor) -> Tensor:
-    """(n, r), of independent columns -> (n, r): Q of x = Q R, by Cholesky's decomposition of x^T x in float64.
-
-    Half the time of reflections on a CPU, and products but for (r, r). Columns are scaled to length 1 before: those of
-    H U are nearly orthogonal, so what is decomposed is near I.
-    """
-    y = x.double()
-    gram = y.mT @ y
-    lengths = gram.diagonal().rsqrt()
-    factor, _ = torch.linalg.cholesky_ex(gram.mul_(lengths).mul_(lengths[:, None]))
-    return (y @ torch.linalg.solve_triangular(factor, lengths.diag(), upper=False).mT).to(x.dtype)

@@ -104,16 +104,16 @@ def setting(recipe: Recipe, checkpointing: bool, ranks: int) -> str:
 
 
 def advice(recipe: Recipe, checkpointing: bool, ranks: int) -> str:
-    """What is left to try where nothing fits."""
+    """What is left to try where nothing fits, not even batches of 1."""
+    release = "--release (one gradient at a time" + (", with clip: 0)" if recipe.clip else ")")
     left = {
         "--checkpointing (the inputs of blocks instead of all activations)": checkpointing or recipe.checkpointing,
-        "--release (one gradient at a time)": recipe.release or ranks > 1 or recipe.data.accumulate > 1,
+        release: recipe.release or ranks > 1 or recipe.data.accumulate > 1,
         "more --ranks": recipe.release,
-        "batches of 1": recipe.data.batch == 1,
         "bfloat16": recipe.model.dtype == "bfloat16",
         "shorter sequences": recipe.data.sequence == 1,
     }
-    return "nothing fits; try " + ", ".join(words for words, done in left.items() if not done)
+    return "nothing fits; try " + (", ".join(words for words, done in left.items() if not done) or "a smaller model")
 
 
 def _optimizers(recipe: Recipe, model: nn.Module) -> list[Optimizer]:
