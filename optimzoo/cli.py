@@ -225,9 +225,10 @@ def plan(
     if as_json:
         print(json.dumps({k: {"error": str(v)} if isinstance(v, Exception) else v.as_dict() for k, v in found.items()}))
         return
-    for label, result in found.items():
+    for label, entry in recipe.entries().items():
+        result = found[label]
         print(label if len(found) > 1 else getattr(result, "optimizer", ""), end=": ")
-        print(training.planning.setting(recipe.entries()[label], checkpointing, ranks), result, sep="\n", end="\n\n")
+        print(training.planning.setting(entry, checkpointing, ranks), result, sep="\n", end="\n\n")
 
 
 @app.command(context_settings=OPEN)

@@ -90,9 +90,9 @@ def _step_some(tasks: list[Task], room: int) -> int:
     if tasks[0].ok is not None:  # while the next one is prepared, its slots stand there twice
         room -= sum(t.nbytes for t in tasks[0].state.values())
     number = min(len(tasks), _stack_size(x, kept, room)) if narrow else 1
-    if number > 1 and on_host(x) and has_values(x):
-        # To the bit what each would be alone, or alone.
-        number = number if batch_is_as_alone(number, x.shape, x.dtype, torch.get_num_threads()) else 1
+    known = number > 1 and on_host(x) and has_values(x)
+    if known and not batch_is_as_alone(number, x.shape, x.dtype, torch.get_num_threads()):
+        number = 1
     # A tall one lies on its side: products of its columns are slow, and come out in other ways alone and in a batch.
     turned = narrow and x.shape[0] > x.shape[1]
     stack, thin = x.new_empty((number, *sorted(x.shape))) if narrow else x[None], [kept]

@@ -29,8 +29,7 @@ def _tried(batch: int, m: int, inner: int, n: int, dtype: torch.dtype, transpose
     right = left[:n].clone()
     right[:, half : 2 * half].neg_()
     right = right if transposed else right.mT.contiguous()
-    several, one = right.expand(batch, -1, -1).contiguous(), right
+    lefts, rights = (t.expand(batch, -1, -1).contiguous() for t in (left[:m], right))
     if transposed:
-        several, one = several.mT, one.mT
-    together = torch.bmm(left[:m].expand(batch, -1, -1).contiguous(), several)
-    return torch.equal(together[-1], torch.mm(left[:m], one))
+        rights = rights.mT
+    return torch.equal(torch.bmm(lefts, rights)[-1], torch.mm(lefts[-1], rights[-1]))

@@ -108,7 +108,7 @@ class COSMOS(MatrixOptimizer):
 
 
 def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
-    """The momentum outside of the basis at norm 1, and its image d U in `low`; d is left multiplied by `weight`."""
+    """The momentum outside of the basis at norm 1, in the products' dtype; in `low` its image d U, times `weight`."""
     d = torch.add(g, momentum, alpha=h.betas[0]) if h.nesterov else momentum.clone()
     torch.mm(d, basis, out=low)
     d.addmm_(low, basis.mT, alpha=-1)
