@@ -4,15 +4,17 @@ import copy
 import inspect
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo.core import member, stages, steps, storage
+from optimzoo.core import AdamW, member, stacks, stages, steps, storage
 from optimzoo.core.apply import apply_update
 from optimzoo.core.slots import COARSE_KINDS
+from optimzoo.functional import subspace
 from optimzoo.memory import KINDS, Workspace
 from tests.cases import (
     ALL,
@@ -348,6 +350,8 @@ def test_a_bad_gradient_touches_nothing_of_its_parameter(cls, poison):
 def test_the_path_without_host_reads_equals_the_other(cls, dtype, monkeypatch):
     """What runs on CUDA and on fake tensors: the same weights and state, bad gradients included, with nothing read."""
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)  # the same products on both
+    # A device has a decomposition of its own, which has tests of its own.
+    monkeypatch.setattr(subspace, "near_orthonormal", lambda x, basis: subspace.orthonormal(x))
     results = []
     for device_path in (False, True):
         model = tiny(dtype=dtype)
@@ -420,14 +424,33 @@ def test_compiles_whole_and_once(cls):
 
 
 @plain
-@pytest.mark.parametrize("threads", [1, 4, None])
+@pytest.mark.parametrize(("dtype", "room"), [(torch.float32, 0), (torch.float32, 1 << 24), (torch.bfloat16, 1 << 24)])
+@pytest.mark.parametrize("layers", [2, 16])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_workspace_on_a_device_is_bounded_by_the_largest_matrix_or_by_a_constant(
+    cls, dtype, maximize, layers, room, monkeypatch
+):
+    go_the_devices_way(monkeypatch)
+    monkeypatch.setattr(stacks, "ROOM", room)
+    stepped, step = [], stacks.step
+    monkeypatch.setattr(stacks, "step", lambda tasks: stepped.append(len(tasks)) or step(tasks))
+    model = nn.Sequential(*(nn.Linear(512, 256, bias=False, dtype=dtype) for _ in range(layers)))
+    opt = cls(model, maximize=maximize)
+    for step_number in range(3):
+        give_gradients(model.parameters(), step_number)
+        with nullcontext() if step_number == 0 else Workspace() as space:  # the first step finds bases
+            opt.step()
+        if space is not None:
+            assert space.peak <= max(room, (cls.workspace + maximize) * 256 * 512 * 4)
+    assert bool(stepped) == (room > 0 and cls is not AdamW)  # which steps lists
+
+
+@plain
+@pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("layers", [2, 8])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_workspace_is_bounded_by_the_largest_matrix(cls, maximize, layers, threads, monkeypatch):
-    if threads is None:
-        go_the_devices_way(monkeypatch)
-    else:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many matrices are stacked
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many matrices are stacked
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
     largest = 256 * 512 * 4
     model = nn.Sequential(*(nn.Linear(512, 256, bias=False) for _ in range(layers)))
@@ -644,3 +667,27 @@ def test_signature_and_docstring_tell_a_reader(cls):
     assert cls.__doc__
     assert all(option.doc for option in cls.options.values())
     assert "arXiv" in cls.paper
+
+
+@every
+def test_a_captured_step_is_refused_where_replays_would_repeat_what_the_host_decides(cls, monkeypatch):
+    model = tiny()
+    opt = build(cls, model, lr=torch.tensor(1e-2))
+    go_the_devices_way(monkeypatch)
+    train(model, opt, 0, 1)
+    before = weights(model)
+    monkeypatch.setattr("optimzoo.core.optimizer.capturing", lambda: True)
+    lasting = (
+        cls.needs_model or "step" in stages.keywords(stages.first_stage(cls)) - cls.slots((8, 8), cls.hypers({})).keys()
+    )
+    if lasting:
+        with pytest.raises(RuntimeError, match="on the host: step outside"):
+            opt.step()
+    else:
+        opt.step()
+        assert not same(before, weights(model))
+        before = weights(model)
+        opt.param_groups[0]["lr"] = 1e-2
+        with pytest.raises(RuntimeError, match=r"give lr=torch\.tensor"):
+            opt.step()
+    assert same(before, weights(model))

@@ -78,9 +78,10 @@ def test_a_graph_rounds_with_the_draws_of_the_eager_engine(state_dtype, monkeypa
 @plain
 def test_no_new_graphs_when_rates_and_steps_move(cls):
     for projection in ({"projection": "rows"}, {"projection": "svd"}) if cls is optimzoo.FRUGAL else ({},):
-        trained(cls, "compiled", steps=6, dtype=torch.bfloat16, **projection)  # past two refreshes
+        options = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16, **projection}
+        trained(cls, "compiled", steps=6, **options)  # past two refreshes
         known = made()
-        trained(cls, "compiled", steps=12, dtype=torch.bfloat16, **projection)
+        trained(cls, "compiled", steps=12, **options)
         assert counters["stats"]["unique_graphs"] == made() == known > 0
 
 

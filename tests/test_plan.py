@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.optim import SGD, Adafactor, AdamW, Muon
 
 import optimzoo
 from optimzoo import planning
-from optimzoo.core import storage
+from optimzoo.core import stacks, storage
 from optimzoo.functional import slices
 from optimzoo.memory import Unplannable, Workspace, ledger
 from optimzoo.modules import convert
@@ -278,6 +279,7 @@ def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows = 2050
     if device == "cuda":
         rows = 3 * slices.DEVICE_PIECE // 2048
+        monkeypatch.setattr(stacks, "ROOM", 9 * slices.DEVICE_PIECE)  # for one slice's copies
         go_the_devices_way(monkeypatch)
     make = {"adamw": optimzoo.AdamW, "signs": lambda m: optimzoo.FRUGAL(m, density=0.0)}
     for make_one in make.values():
@@ -451,3 +453,18 @@ def test_seven_billion_parameters_train_within_24_gib() -> None:
         seven("swan", "cuda", checkpointing=True, release=release)[2]["peak"] / 2**30 for release in (False, True)
     )
     assert released < 24 < whole
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_plan_keeps_no_model(release: bool) -> None:
+    kept = []
+
+    def make() -> nn.Module:
+        model = tiny()
+        kept.append(weakref.ref(model.square.weight))
+        return model
+
+    for batch in (None, torch.zeros(2, 9, dtype=torch.long)):
+        planning.plan(make, optimzoo.SWAN, batch, loss=lambda model, x: model(x).sum(), release=release)
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]

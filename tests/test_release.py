@@ -1,6 +1,7 @@
 """Steps inside backward: the same weights and state to the bit, one gradient at a time, and refusals by name."""
 
 import copy
+import gc
 import io
 import itertools
 import weakref
@@ -287,3 +288,16 @@ def test_remove_gives_everything_back():
     twin_model, twin = copy.deepcopy((model, opt))
     assert not twin.releasing
     train(twin_model, twin, 3, 4)
+
+
+@every
+def test_a_model_and_its_optimizer_can_be_freed(cls):
+    """Hooks of tensors are nothing that the garbage collector follows."""
+    model = tiny()
+    opt = cls(model, **short_options(cls))
+    release_gradients(model, opt)
+    steps(model, opt, 0, 2)
+    refs = [weakref.ref(model.square.weight), weakref.ref(opt)]
+    del model, opt
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]

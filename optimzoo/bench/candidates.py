@@ -76,18 +76,20 @@ def subject(recipe: Recipe, layers: int | None, embeddings: bool, device: torch.
 
 
 def give_gradients(model: nn.Module) -> None:
-    """The same gradients whoever asks."""
-    generator = torch.Generator().manual_seed(0)
+    """Gradients of noise, the same in every run on this kind of device."""
+    generators: dict[torch.device, torch.Generator] = {}
     for p in model.parameters():
         if p.requires_grad:
-            p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(p)
+            generator = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(0))
+            p.grad = torch.randn(p.shape, generator=generator, device=p.device).mul_(1e-3).to(p)
 
 
 def optimizers_on(model: nn.Module, text: str) -> list[Optimizer]:
     """A copy of the model, and what steps all of it."""
     name, options = parsed(text)
     own = copy.deepcopy(model)
-    give_gradients(own)  # a deep copy drops them
+    for p, original in zip(own.parameters(), model.parameters(), strict=True):
+        p.grad = None if original.grad is None else original.grad.clone()  # a deep copy drops it
     products = options.pop("products", None) if name == "torch.muon" else None
     found = built(own, name, options)
     if products is not None:

@@ -35,14 +35,15 @@ def apply_update(
 ) -> None:
     """Decay and step in place; `u` is used up.
 
-    `ok` is a 0-dim boolean on the device, or None when the host knows that the gradient was finite. `after` decays the
+    `ok` is a 0-dim boolean on the device, or None when the host knows that the gradient was finite; of several weights
+    in one tensor one each, (n, 1, ...). `after` decays the
     stepped weight instead: w <- (1 - lr * weight_decay) (w - lr u). The rest is about narrow weights: `error` is added
     before and holds afterwards what rounding left out, `seed` asks for rounding by chance, for positions from `first`
     on, and `lost` (2,) is increased by the elements that did not change and by those that should have.
     """
     if ok is not None:
         u.masked_fill_(~ok, 0)
-    keep = _kept(lr, weight_decay, ok)
+    keep = _kept(lr, weight_decay, ok, u.dtype)
     if w.dtype == compute_dtype(w.dtype):
         _step_and_decay(w, u, lr, keep, after)
         return
@@ -90,11 +91,14 @@ def _line_like(w: Tensor) -> Tensor:
     return torch.empty(w.shape, dtype=w.dtype, device=w.device)
 
 
-def _kept(lr: float | Tensor, weight_decay: float, ok: Tensor | None) -> float | Tensor | None:
+def _kept(lr: float | Tensor, weight_decay: float, ok: Tensor | None, dtype: torch.dtype) -> float | Tensor | None:
     """The factor 1 - lr * weight_decay, None when nothing decays; 1 where the step is skipped."""
     if weight_decay == 0:
         return None
-    return 1 - lr * weight_decay * (1 if ok is None else ok.to(torch.float64))
+    if ok is None:
+        return 1 - lr * weight_decay
+    keep = 1 - lr * weight_decay * ok.to(torch.float64)
+    return keep.to(dtype) if keep.ndim else keep  # one of them counts as a number
 
 
 def _step_and_decay(w: Tensor, u: Tensor, lr: float | Tensor, keep: float | Tensor | None, after: bool) -> None:

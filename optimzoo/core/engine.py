@@ -1,6 +1,7 @@
 """How the parameters of a group are stepped. The way is chosen for each of them:
 
-* a rule's own in-place `update` on lists of tensors, where dtypes allow it: no workspace;
+* a rule's own in-place `update` on lists of tensors, or on wide copies of some of them, where dtypes allow it;
+* on a device several of one rule and shape as one tensor, where they are small enough;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
 * rules in stages several matrices of one shape at a time, as many as the rule's workspace has room for;
 * everything else one matrix at a time;
@@ -14,11 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimzoo.core import graphs, shards
+from optimzoo.core import graphs, shards, stacks
 from optimzoo.core.gradients import admit, admit_together
+from optimzoo.core.lists import step_gathered, step_list, widens
 from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import matrix_shape
-from optimzoo.core.steps import step_compiled, step_gathered, step_list, step_one, step_stacked
+from optimzoo.core.steps import step_compiled, step_one, step_stacked
 from optimzoo.core.storage import SCALE, State, compute_dtype, is_scale
 from optimzoo.functional.quantize import BLOCK
 from optimzoo.functional.slices import on_host
@@ -42,7 +44,7 @@ def run(
     skipped: list[str] = []
     unknown: list[tuple[str, Tensor]] = []
     lists: dict[tuple, list[Task]] = defaultdict(list)
-    stacks: dict[tuple, list[Task]] = defaultdict(list)
+    waiting: dict[tuple, list[Task]] = defaultdict(list)
     members = list(members)
     together, largest = admit_together(members), _largest(members)
     for member in members:
@@ -62,30 +64,47 @@ def run(
         if spread and route.rule.elementwise and _by_rows(task.state, p):
             task, shared = _on_rows(task), False
         key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
-        if not _in_place(task):
-            if route.rule.prepare is not None:
-                if shared:
-                    step_stacked([task], 0)
-                else:
-                    alike = (*key, matrix_shape(p, route.layout))
-                    stacks[alike].append(task)
-                    if on_host(p) and len(stacks[alike]) == torch.get_num_threads():
-                        step_stacked(stacks.pop(alike), largest)  # while the gradients are in caches
-            elif not spread and graphs.wanted(task):
-                step_compiled(task)
+        if _in_place(task):
+            if shared:
+                step_gathered(task)
             else:
-                step_one(task)
-        elif shared:
-            step_gathered(task)
-        elif known is None:
-            lists[key].append(task)
+                lists[key].append(task)
+        elif route.rule.prepare is not None and shared:
+            step_stacked([task], 0)
+        elif route.rule.prepare is None and spread:
+            step_one(task)
+        elif route.rule.prepare is None and not stacks.possible(task):
+            _step_alone(task)
         else:
-            step_list([task])
+            alike = (*key, matrix_shape(p, route.layout))
+            waiting[alike].append(task)
+            if on_host(p) and len(waiting[alike]) == torch.get_num_threads():
+                step_stacked(waiting.pop(alike), largest)  # while the gradients are in caches
     for batch in lists.values():
         step_list(batch)
-    for batch in stacks.values():
-        step_stacked(batch, largest)
+    for batch in waiting.values():
+        _step_alike(batch, largest)
     return skipped, unknown
+
+
+def _step_alone(task: Task) -> None:
+    if graphs.wanted(task):
+        step_compiled(task)
+    else:
+        step_one(task)
+
+
+def _step_alike(batch: list[Task], largest: int) -> None:
+    """Step parameters of one rule and shape, as many at a time as there is room for."""
+    number = stacks.size(batch[0]) if stacks.possible(batch[0]) else 0
+    while min(number, len(batch)) > 1:
+        stacks.step(batch[:number])
+        batch = batch[number:]
+    if batch and batch[0].rule.prepare is not None:
+        step_stacked(batch, largest)
+        return
+    for task in batch:
+        _step_alone(task)
 
 
 def _largest(members: list[Member]) -> int:
@@ -110,7 +129,7 @@ def _on_rows(task: Task) -> Task:
 
 
 def _in_place(task: Task) -> bool:
-    """Whether the rule's list form can take this parameter: one wide dtype throughout, one memory layout.
+    """Whether the rule's list form can take this parameter: one memory layout, and one wide dtype but for the weight.
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
@@ -119,9 +138,10 @@ def _in_place(task: Task) -> bool:
         return False
     if rule.refresh is not None and rule.due(task.count, h):
         return False
-    if g.dtype != p.dtype or p.dtype != compute_dtype(p.dtype):
+    dtype = compute_dtype(p.dtype)
+    if not widens(task) and not g.dtype == p.dtype == dtype:
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False
     # Indices are int32.
-    return all(t.dtype in (p.dtype, torch.int32) for name, t in task.state.items() if name != "step")
+    return all(t.dtype in (dtype, torch.int32) for name, t in task.state.items() if name != "step")

@@ -1,6 +1,7 @@
 """Which gradients may be used: what no rule could take is refused by name, what is not finite is left alone."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,36 @@ def _size(g: Tensor) -> Tensor:
 
 
 def admit_together(members: Iterable["Member"]) -> dict[Tensor, bool | Tensor | None]:
-    """What `admit` says of the whole gradient of each sharded parameter, None where no rank has one: a collective.
+    """What `admit` says of gradients that are asked for together: of sharded parameters, and of those on a device.
+
+    None where no rank has a gradient; a collective where there are sharded parameters.
 
     A rank without one has rows of zeros. That is asked on the host only: elsewhere it would synchronise, and FSDP gives
     a gradient to all ranks or to none.
     """
+    members = list(members)
     shared = {m.p: m for m in members if shards.is_sharded(m.p) and (on_host(m.p) or _asks(m))}
     sums = shards.sum_over_ranks({p: _facts(member) for p, member in shared.items()})
-    return {p: _verdict(member, sums[p]) for p, member in shared.items()}
+    return _on_devices(members) | {p: _verdict(member, sums[p]) for p, member in shared.items()}
+
+
+def _on_devices(members: list["Member"]) -> dict[Tensor, bool | Tensor | None]:
+    """The answers for whole gradients that are not on the host, by few kernels for all of them."""
+    alike: dict[tuple, dict[Tensor, Tensor]] = defaultdict(dict)
+    for m in members:
+        p, g, rule, check = m.p, m.p.grad, m.route.rule, m.route.h.check_finite
+        if g is not None and g.numel() and _asks(m) and not on_host(p) and not shards.is_sharded(p):
+            alike[g.device, g.dtype, compute_dtype(g.dtype), rule.skips_zero, check][p] = g
+    found: dict[Tensor, bool | Tensor | None] = {}
+    for (device, _, dtype, skips_zero, check), gradients in alike.items():
+        every = list(gradients.values())
+        ok = torch.ones(len(every), dtype=torch.bool, device=device)
+        if check:  # squared: finite gradients whose squares overflow are refused too
+            ok &= torch.stack(torch._foreach_norm(every, dtype=dtype)).square_().isfinite()
+        if skips_zero:
+            ok &= torch.stack(torch._foreach_norm(every, math.inf)) != 0
+        found |= zip(gradients, ok.unbind(), strict=True)
+    return found
 
 
 def _asks(member: "Member") -> bool:

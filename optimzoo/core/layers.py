@@ -5,7 +5,7 @@ Neither side imports the other. A layer names the optimizer that drives it, whic
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,7 +17,6 @@ from optimzoo.core.shards import is_sharded
 from optimzoo.core.slots import Slot
 
 
-@runtime_checkable
 class Scheduled(Protocol):
     """A layer that trains only some of its entries and chooses them anew when its optimizer says so."""
 
@@ -36,9 +35,7 @@ class Scheduled(Protocol):
 def scheduled_layers(model: nn.Module, driver: str) -> dict[str, Any]:
     """The layers that the optimizer called `driver` is to drive, by their names without wrappers."""
     found = {
-        clean_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, Scheduled) and module.driver == driver
+        clean_name(name): module for name, module in model.named_modules() if getattr(module, "driver", None) == driver
     }
     if not found:
         raise ValueError(
@@ -74,6 +71,9 @@ class LayerOptimizer(MatrixOptimizer):
         for p in layer.parameters():
             if "reselections" in self.state.get(p, {}):
                 self.state[p]["reselections"].copy_(layer.reselections)
+
+    def refuse_capture(self) -> None:
+        raise RuntimeError(f"{type(self).__name__} chooses entries on the host: step outside of the CUDA graph")
 
     def members(self, index: int) -> list[Member]:
         for name, layer in self.layers.items():

@@ -15,6 +15,8 @@ What a rule promises:
 5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
    depends on that weight and on gradients and slots, not on other weights.
 6. The direction comes before the learning rate and without weight decay; the engine applies both.
+7. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
+   axis more before their own, and `step` (count, 1, ...).
 
 In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
 never a missing, sparse or non-finite gradient.
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import checkpoint
+from optimzoo.core.capture import capturing, refuse_capture
 from optimzoo.core.engine import run
 from optimzoo.core.gradients import check_gradient
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
@@ -151,6 +154,11 @@ class ZooOptimizer(torch.optim.Optimizer):
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         """Called with the state of a checkpoint before any of it is written; raises to refuse it."""
 
+    def refuse_capture(self) -> None:
+        """Called before a step that is captured in a CUDA graph; raises where a replay would not be the next step."""
+        for index, (_, plan) in self._plans.items():
+            refuse_capture(type(self).__name__, self.param_groups[index], plan, self.state)
+
     def paced(self, member: Member) -> Member:
         """The member as it steps now: a method with a warm-up of its own lowers its route's `lr_scale` for a while."""
         return member
@@ -175,6 +183,8 @@ class ZooOptimizer(torch.optim.Optimizer):
             for _, plan in self._plans.values():  # refused before anything has moved
                 for member in plan:
                     check_gradient(member.p, member.name)
+            if capturing():
+                self.refuse_capture()
             for index, group in enumerate(self.param_groups):
                 self.step_members(index, self._plans[index][1])
                 group["step"] += 1
@@ -374,9 +384,13 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
         self._skips.update(names)
+        counted: dict[torch.device, list[tuple[Tensor, Tensor]]] = collections.defaultdict(list)
         for name, ok in unknown:
             if name in self._device_skips:
-                self._device_skips[name].add_(~ok)
+                counted[ok.device].append((self._device_skips[name], ok))
+        for pairs in counted.values():
+            counters, oks = zip(*pairs, strict=True)
+            torch._foreach_add_(counters, (~torch.stack(oks)).to(torch.int32).unbind())
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three attributes; ours would be lost by copy and pickle without this.

@@ -1,5 +1,6 @@
 """Step inside backward: each gradient is used as soon as it is complete, and freed before the next one exists."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,14 @@ class Release:
         self._done: set[Tensor] = set()
         self._undo: list[Callable[[], None]] = [opt.register_step_pre_hook(self._before_step).remove]
         self._undo += [opt.register_step_post_hook(self._after_step).remove]
-        self._undo += [p.register_post_accumulate_grad_hook(self._use).remove for p in trained]
+        # Tensors keep hooks where the garbage collector does not look: a strong one would keep the model for ever.
+        use = weakref.WeakMethod(self._use)
+
+        def used(p: Tensor) -> None:
+            if step := use():
+                step(p)
+
+        self._undo += [p.register_post_accumulate_grad_hook(used).remove for p in trained]
         opt.releasing = True
         # A GradScaler that reads this calls `step` and leaves `grad_scale`; without, it fails with words of its own.
         opt.__dict__["_step_supports_amp_scaling"] = True

@@ -5,7 +5,6 @@ slots are gathered, every rank computes the same, and each keeps its rows of wha
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,39 +21,6 @@ from optimzoo.functional.quantize import block_part
 from optimzoo.functional.slices import has_values, on_host, piece_size, pieces, transpose_into
 
 STACK = 1 << 26  # bytes of a stack above which one matrix is enough to keep the hardware busy
-
-
-# In place, on lists.
-
-
-def step_list(batch: list[Task]) -> None:
-    """A rule's `update` on parameters of one kind; several only where the host knows that all of them step."""
-    one = batch[0]
-    rule, layout, ok = one.rule, one.member.route.layout, one.ok
-    slots: dict[str, list[Tensor]] = {name: [task.state[name] for task in batch] for name in one.state}
-    for counter in slots.get("step", ()):
-        counter.add_(1 if ok is None else ok)
-    found_inf = None if ok is None else (~ok).to(torch.float32)
-    number = {"step": float(one.count + 1)} if "step" in keywords(rule.update) else {}
-    weights = [as_matrix(task.member.p, layout) for task in batch]
-    gradients = [as_matrix(task.g, layout) for task in batch]
-    rule.update(weights, gradients, one.h, one.lr, found_inf, slots=slots, **number)
-
-
-def step_gathered(task: Task) -> None:
-    """The same where ranks share a parameter: of the weights each has its own rows, and zeros for the others."""
-    p = task.member.p
-    full = {name: shards.whole(t) for name, t in task.state.items()}
-    w = torch.zeros(p.shape, dtype=p.dtype, device=shards.local(p).device)
-    mine = shards.part(w, p)
-    mine.copy_(shards.local(p))
-    step_list([replace(task, member=replace(task.member, p=w), g=shards.whole(task.g), state=full)])
-    shards.local(p).copy_(mine)
-    for name, t in full.items():
-        shards.keep(t, task.state[name])
-
-
-# By a rule's direction.
 
 
 def step_one(task: Task) -> None:
@@ -93,9 +59,10 @@ def _step_some(tasks: list[Task], room: int) -> int:
     known = number > 1 and on_host(x) and has_values(x)
     if known and not batch_is_as_alone(number, x.shape, x.dtype, torch.get_num_threads()):
         number = 1
-    # A tall one lies on its side: products of its columns are slow, and come out in other ways alone and in a batch.
-    turned = narrow and x.shape[0] > x.shape[1]
-    stack, thin = x.new_empty((number, *sorted(x.shape))) if narrow else x[None], [kept]
+    # A tall one lies on its side: a CPU's products of columns are slow, and others alone than in a batch.
+    turned = narrow and on_host(x) and x.shape[0] > x.shape[1]
+    shape = (*reversed(x.shape),) if turned else x.shape
+    stack, thin = x.new_empty((number, *shape)) if narrow else x[None], [kept]
     for index, task in enumerate(tasks[:number]):
         if index > 0:
             x, *kept = _prepared(task)

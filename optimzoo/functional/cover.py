@@ -26,6 +26,8 @@ def sm3_shapes(shape: Sequence[int]) -> list[tuple[int, ...]]:
 def sm3_update(g: Tensor, accumulators: Sequence[Tensor]) -> Tensor:
     """(d_0, ..., d_k), accumulators as `sm3_shapes` -> (d_0, ..., d_k): SM3-II; changes the accumulators in place.
 
+    All may have the same axes before these, for several tensors at once.
+
         nu_i  <- min over the slices r that hold i of mu_r + g_i^2        mu_r <- max over i in r of nu_i
 
     The result bounds the sum of all squared gradients of an entry from above, and no accumulator ever falls. A vector
@@ -56,8 +58,9 @@ def sm3_step_(
 
 def _remember(nu: Tensor, accumulators: Sequence[Tensor]) -> None:
     """Put the maxima over each axis' slices into its accumulator."""
+    own = len(accumulators)
     for kept, accumulator in enumerate(accumulators):
-        others = [axis for axis in range(nu.ndim) if axis != kept]
+        others = [axis - own for axis in range(own) if axis != kept]
         if not nu.numel():  # a maximum over nothing is an error, and there is nothing to remember
             continue
         tall = nu.ndim == 2 and kept == 1 and nu.shape[0] % TILE == 0

@@ -3,6 +3,11 @@
 from torch import Tensor
 
 
+def factor(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """`value` as it multiplies x: several, one for each matrix of a batch, in x's dtype; one counts as a number."""
+    return value.to(x.dtype) if isinstance(value, Tensor) and value.ndim else value
+
+
 def adam_direction(
     g: Tensor,
     exp_avg: Tensor,
@@ -20,5 +25,5 @@ def adam_direction(
     """
     exp_avg.lerp_(g, 1 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-    denominator = exp_avg_sq.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(eps)
-    return denominator.reciprocal_().mul_(exp_avg).div_(1 - betas[0] ** step)
+    denominator = exp_avg_sq.sqrt().div_(factor((1 - betas[1] ** step) ** 0.5, g)).add_(eps)
+    return denominator.reciprocal_().mul_(exp_avg).div_(factor(1 - betas[0] ** step, g))

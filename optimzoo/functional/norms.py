@@ -14,6 +14,11 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
+def add_product_(x: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """x (m, n) += alpha * left (m, k) @ right (k, n), in place; of all three there may be a batch, (batch, m, n)."""
+    return x.addmm_(left, right, alpha=alpha) if x.ndim == 2 else x.baddbmm_(left, right, alpha=alpha)
+
+
 def largest(x: Tensor) -> Tensor:
     """(..., m, n) -> (..., 1, 1): largest absolute values.
 

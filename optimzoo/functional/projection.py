@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from optimzoo.functional.norms import largest
+from optimzoo.functional.norms import add_product_, largest
 from optimzoo.functional.random import fold, hash32
 from optimzoo.functional.subspace import random_basis_
 
@@ -67,24 +67,32 @@ def _positions(shape: tuple[int, ...], kind: str) -> int:
 
 
 def take(g: Tensor, part: Tensor, kind: str) -> Tensor:
-    """(m, n) -> (m, k) "columns", (k, n) "rows", (k,) "randk", (m, r) or (r, n) in a basis; always a new tensor."""
+    """(..., m, n) -> (..., m, k) "columns", (..., k, n) "rows", (..., k) "randk"; a new tensor.
+
+    In a basis (..., m, r) or (..., r, n).
+    """
     if kind in LOW_RANK:
-        return g @ part if g.shape[0] >= g.shape[1] else part.mT @ g
+        return g @ part if g.shape[-2] >= g.shape[-1] else part.mT @ g
+    g, dim, index = _places(g, part, kind)
+    return torch.gather(g, dim, index)
+
+
+def _places(x: Tensor, part: Tensor, kind: str) -> tuple[Tensor, int, Tensor]:
+    """x as it is indexed, the axis, and the index: of gather and scatter, which run on all threads of a CPU."""
+    index, (m, n) = part.long(), x.shape[-2:]
     if kind == "randk":
-        return g.reshape(-1).index_select(0, part)
-    return g.index_select(1 if kind == "columns" else 0, part)
+        return x.flatten(-2), -1, index
+    if kind == "columns":
+        return x, -1, index[..., None, :].expand(*index.shape[:-1], m, -1)
+    return x, -2, index[..., None].expand(*index.shape, n)
 
 
 def put_(u: Tensor, part: Tensor, low: Tensor, kind: str) -> Tensor:
-    """The way back, into u (m, n), contiguous, in place: chosen positions are overwritten, a basis' share is added."""
+    """The way back, into u (..., m, n), contiguous: chosen positions are overwritten, a basis' share is added."""
     if kind in LOW_RANK:
         return add_lifted_(u, part, low)
-    index = part.long()  # neither scatter_ nor index_copy_ takes int32
-    if kind == "rows":
-        return u.index_copy_(0, index, low)
-    if kind == "columns":  # scatter_ is twice as fast as index_copy_ on single numbers
-        return u.scatter_(1, index.expand(low.shape), low)
-    u.view(-1).scatter_(0, index, low)
+    line, dim, index = _places(u, part, kind)
+    line.scatter_(dim, index, low)
     return u
 
 
@@ -95,14 +103,13 @@ def svd_basis(g: Tensor, rank: int) -> Tensor:
 
 
 def add_lifted_(u: Tensor, basis: Tensor, low: Tensor, alpha: float = 1.0) -> Tensor:
-    """u (m, n) += alpha * (low basis^T, or basis low from the left), in place."""
-    if u.shape[0] >= u.shape[1]:
-        return u.addmm_(low, basis.mT, alpha=alpha)
-    return u.addmm_(basis, low, alpha=alpha)
+    """u (..., m, n) += alpha * (low basis^T, or basis low from the left), in place."""
+    left, right = (low, basis.mT) if u.shape[-2] >= u.shape[-1] else (basis, low)
+    return add_product_(u, left, right, alpha)
 
 
 def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Tensor:
-    """(m, n) -> (m, n): what the part leaves of g; g itself for chosen positions, which `put_` overwrites.
+    """(..., m, n) -> (..., m, n): what the part leaves of g; g itself for chosen positions, which `put_` overwrites.
 
     `signed` says that only the signs will be used. Then the rest comes in units of the rounding noise, truncated, so
     that noise is exactly 0: where a gradient lies inside the basis, the signs of rounding errors would move every
@@ -112,11 +119,11 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
     if kind not in LOW_RANK:
         return g
     rest = add_lifted_(g.clone(), part, low, alpha=-1)
-    return rest.div_(noise_unit(g, part.shape[1])).trunc_() if signed else rest
+    return rest.div_(noise_unit(g, part.shape[-1])).trunc_() if signed else rest
 
 
 def noise_unit(g: Tensor, rank: int) -> Tensor:
-    """(1, 1): the rounding noise in what a basis of that rank leaves of g (m, n)."""
+    """(..., 1, 1): the rounding noise in what a basis of that rank leaves of g (..., m, n)."""
     return largest(g).mul_(4 * rank**0.5 * torch.finfo(g.dtype).eps).clamp_min_(torch.finfo(g.dtype).tiny)
 
 

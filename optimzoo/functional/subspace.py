@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from optimzoo.functional.norms import add_product_, norm
 from optimzoo.functional.random import generator
+from optimzoo.functional.slices import on_host
 
 EXACT_SIDE = 1024
 """Up to this smaller side a decomposition costs no more than a few steps; above, a sketch finds the subspace."""
@@ -15,6 +17,22 @@ PASSES = 8
 def orthonormal(x: Tensor) -> Tensor:
     """(n, r) -> (n, r): an orthonormal basis of the columns' span; x may be rank-deficient."""
     return torch.linalg.qr(x).Q
+
+
+def near_orthonormal(x: Tensor, basis: Tensor) -> Tensor:
+    """(..., n, r) -> (..., n, r): `orthonormal`, where x is H U for a positive H and an orthonormal U, the `basis`.
+
+    By the Cholesky factor of x^T x, twice, in float64: products, which a device does for many matrices at once, while
+    it takes reflections one after the other. That needs columns that are independent. Those of (H + d) U are, and with
+    d of the size of a float32's rounding errors that is no other H: where H knows nothing, U stays.
+    """
+    turned = x.to(torch.float64)
+    d = norm(turned).mul_(4 * torch.finfo(torch.float32).eps).clamp_min_(torch.finfo(torch.float32).tiny)
+    turned = turned + basis * d
+    for _ in range(2):
+        lower, failed = torch.linalg.cholesky_ex(turned.mT @ turned)
+        turned = torch.linalg.solve_triangular(lower.mT, turned, upper=True, left=False)
+    return torch.where(failed[..., None, None] == 0, turned.to(x.dtype), basis)
 
 
 def random_basis_(basis: Tensor, seed: int) -> None:
@@ -48,15 +66,18 @@ def _leading_vectors(gram: Tensor, rank: int) -> Tensor:
 def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
     """One power iteration on H = decay * U S U^T + (1 - decay) g^T g, of which only U and S are kept.
 
-    g (m, n), basis U (n, r) and gram S (r, r), both changed in place; returns g U for the new U, (m, r).
+    g (..., m, n), basis U (..., n, r) and gram S (..., r, r), both changed in place; returns g U for the new U,
+    (..., m, r).
 
         U <- QR(H U)        S <- U^T H U, symmetrised
     """
-    across = (gram @ basis.mT).mul_(decay).addmm_((g @ basis).mT, g, alpha=1 - decay)  # its rows are fast to write
-    turned = orthonormal(across.mT)
+    across = add_product_(
+        (gram @ basis.mT).mul_(decay), (g @ basis).mT, g, alpha=1 - decay
+    )  # its rows are fast to write
+    turned = orthonormal(across.mT) if on_host(g) else near_orthonormal(across.mT, basis)
     turn = basis.mT @ turned
     basis.copy_(turned)
     image = g @ basis
-    projected = (turn.mT @ gram @ turn).mul_(decay).addmm_(image.mT, image, alpha=1 - decay)
+    projected = add_product_((turn.mT @ gram @ turn).mul_(decay), image.mT, image, alpha=1 - decay)
     gram.copy_(projected).add_(projected.mT).mul_(0.5)
     return image

@@ -56,30 +56,31 @@ class Rehearsal:
 
     def only_step(self, release: Release | None) -> None:
         self.timeline.begin("step")
-        if release is None:
-            self._gradients()
-        else:
-            self._watch(release)
-            for p in self.trained:
-                p.sum().backward()
+        with self._watched(release):
+            if release is None:
+                self._gradients()
+            else:
+                for p in self.trained:
+                    p.sum().backward()
         self._update(self.optimizers)
 
     def step(self, accumulate: int, autocast: torch.dtype | None, release: Release | None) -> None:
-        self._watch(release)
-        for _ in range(min(accumulate, 2)):  # from the second micro-batch on they are all alike
-            self.timeline.begin("forward")
-            before = self.timeline.live
-            with _named(type(self.model).__name__), unpacked():
-                with _autocast(self.model, autocast):
-                    loss = self.loss(self.model, self.batch)
-                self.activations = max(self.activations, self.timeline.live - before)
-                self.timeline.begin("backward")
-                loss.backward()
+        with self._watched(release):
+            for _ in range(min(accumulate, 2)):  # from the second micro-batch on they are all alike
+                self.timeline.begin("forward")
+                before = self.timeline.live
+                with _named(type(self.model).__name__), unpacked():
+                    with _autocast(self.model, autocast):
+                        loss = self.loss(self.model, self.batch)
+                    self.activations = max(self.activations, self.timeline.live - before)
+                    self.timeline.begin("backward")
+                    loss.backward()
         if self.optimizers:
             self.timeline.begin("step")
             self._update(self.optimizers)
 
-    def _watch(self, release: Release | None) -> None:
+    @contextmanager
+    def _watched(self, release: Release | None) -> Iterator[None]:
         """Note when gradients are complete and, with `release`, what happens from then until they are freed."""
         inside = ExitStack()
 
@@ -92,12 +93,15 @@ class Rehearsal:
             inside.close()
             self.timeline.dropped(p)
 
-        for p in self.trained:
-            p.register_post_accumulate_grad_hook(complete)
+        hooks = [p.register_post_accumulate_grad_hook(complete) for p in self.trained]
         if release is not None:
             release(self.model, self.optimizers)
-            for p in self.trained:
-                p.register_post_accumulate_grad_hook(freed)
+            hooks += [p.register_post_accumulate_grad_hook(freed) for p in self.trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:  # they would keep the model for ever
+                hook.remove()
 
     @contextmanager
     def _counting(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
-from optimzoo.functional.norms import norm, scale_to_rms_
+from optimzoo.functional.moments import factor
+from optimzoo.functional.norms import add_product_, norm, scale_to_rms_
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import follow, leading_basis, random_basis_
 
@@ -91,10 +92,11 @@ class COSMOS(MatrixOptimizer):
         exp_avg_sq.mul_(h.betas[1]).addcmul_(low, low, value=1 - h.betas[1])
         torch.add(g, momentum, alpha=h.betas[0], out=momentum)
         x = _rest(g, momentum, basis, low, weight, h)
-        spread = exp_avg_sq.sqrt().mul_(weight / (1 - h.betas[1] ** step) ** 0.5).add_(weight * h.eps)
+        weight, unbiased = factor(weight, g), factor(weight / (1 - h.betas[1] ** step) ** 0.5, g)
+        spread = exp_avg_sq.sqrt().mul_(unbiased).add_(weight * h.eps)
         adam = low.div_(spread)
-        energy = gram.diagonal()
-        return x, adam.mul_(energy > NULL_ENERGY * energy.max()), basis
+        energy = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        return x, adam.mul_(energy > NULL_ENERGY * energy.amax(-1, keepdim=True)), basis
 
     @staticmethod
     def products(h: Any) -> Callable[[Tensor], Tensor]:
@@ -103,15 +105,15 @@ class COSMOS(MatrixOptimizer):
     @staticmethod
     def conclude(u: Tensor, h: Any, adam: Tensor, basis: Tensor) -> Tensor:
         u = u.to(adam.dtype, memory_format=torch.contiguous_format)
-        scale_to_rms_(u, h.gamma, h.eps).addmm_(adam, basis.mT)
+        add_product_(scale_to_rms_(u, h.gamma, h.eps), adam, basis.mT)
         return scale_to_rms_(u, h.lr_ratio, h.eps)
 
 
 def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
     """The momentum outside of the basis at norm 1, in the products' dtype; in `low` its image d U, times `weight`."""
     d = torch.add(g, momentum, alpha=h.betas[0]) if h.nesterov else momentum.clone()
-    torch.mm(d, basis, out=low)
-    d.addmm_(low, basis.mT, alpha=-1)
+    torch.matmul(d, basis, out=low)
+    add_product_(d, low, basis.mT, alpha=-1)
     size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
     alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
     d = d.to(product_dtype(g))

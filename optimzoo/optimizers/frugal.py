@@ -90,7 +90,7 @@ class FRUGAL(MatrixOptimizer):
 
     @staticmethod
     def in_place(h: Any, host: bool) -> bool:
-        return h.projection in (*LOW_RANK, "columns", "rows") and h.state_full == "adamw"
+        return host and h.projection in (*LOW_RANK, "columns", "rows") and h.state_full == "adamw"
 
     @staticmethod
     def update(
@@ -111,10 +111,10 @@ class FRUGAL(MatrixOptimizer):
         def part(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
             u, counter = torch.zeros_like(g), torch.full((), tau, dtype=torch.float32, device=g.device)
             averages = {"exp_avg": [exp_avg], "exp_avg_sq": [exp_avg_sq], "step": [counter]}
-            AdamW.update([u], [g], up, -1.0, found_inf, slots=averages)  # what is at 0 ends at its own direction
+            AdamW.update([u], [g], up, -1.0, None, slots=averages)  # what is at 0 ends at its own direction
             return u
 
-        rest, change = _stateless_step(h, lr, found_inf)
+        rest, change = _stateless_step(h, lr)
         lists = (ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"])
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
             move(w, g, chosen, exp_avg, exp_avg_sq, part, rest, change)
@@ -173,6 +173,8 @@ class Stateless(MatrixOptimizer):
     def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
         return stateless_direction(g, h.state_free, h.state_free_lr_scale)
 
+    in_place = staticmethod(lambda h, host: host)
+
     @staticmethod
     def update(
         ws: list[Tensor],
@@ -183,17 +185,16 @@ class Stateless(MatrixOptimizer):
         *,
         slots: dict[str, list[Tensor]],
     ) -> None:
-        rest, change = _stateless_step(h, lr, found_inf)
+        rest, change = _stateless_step(h, lr)
         for w, g in zip(ws, gs, strict=True):
             step_lines_(w, g, rest, change)
 
 
-def _stateless_step(h: Any, lr: float | Tensor, found_inf: Tensor | None) -> tuple[RestDirection, Change]:
+def _stateless_step(h: Any, lr: float | Tensor) -> tuple[RestDirection, Change]:
     """The direction of the rule without state, in room that is given, and what moves weights by a direction."""
-    ok = None if found_inf is None else found_inf == 0
 
     def rest(g: Tensor, room: Tensor) -> Tensor:
         u = stateless_direction(g, h.state_free, h.state_free_lr_scale, out=room[: g.numel()].view(g.shape))
         return u.neg_() if h.maximize else u
 
-    return rest, partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=ok, after=False)
+    return rest, partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)

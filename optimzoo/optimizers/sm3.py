@@ -39,7 +39,7 @@ class SM3(ZooOptimizer):
 
     @staticmethod
     def direction(g: Tensor, w: Tensor, h: Any, *, slices: Tensor, momentum: Tensor | None = None) -> Tensor:
-        nu = sm3_update(g, _accumulators(slices, g.shape))
+        nu = sm3_update(g, _accumulators(slices, g.shape[slices.ndim - 1 :]))
         u = nu.add_(h.eps).rsqrt_().mul_(g)
         return u if momentum is None else u.copy_(momentum.lerp_(u, 1 - h.momentum))
 
@@ -64,5 +64,5 @@ class SM3(ZooOptimizer):
 def _accumulators(slices: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
     """The views of the one slot that cover a tensor of that shape: of a matrix, its rows and its columns."""
     shapes = sm3_shapes(shape)
-    parts = slices.split([math.prod(size) for size in shapes])
-    return [part.view(size) for part, size in zip(parts, shapes, strict=True)]
+    parts = slices.split([math.prod(size) for size in shapes], -1)
+    return [part.view(slices.shape[:-1] + size) for part, size in zip(parts, shapes, strict=True)]

@@ -1,0 +1,116 @@
+"""A rule's `update`, which steps lists of weights in place: no workspace, and one call for many of them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimzoo.core import shards, stacks
+from optimzoo.core.member import Task
+from optimzoo.core.routing import as_matrix
+from optimzoo.core.stages import keywords
+from optimzoo.core.storage import State, compute_dtype
+from optimzoo.functional.slices import on_host, pieces
+
+PIECE = 1 << 18  # elements of a weight that are copied at a time on a CPU
+
+
+class Part(NamedTuple):
+    """A weight, its gradient and its slots, or some elements of them; and whether to leave it alone, as a float."""
+
+    w: Tensor
+    g: Tensor
+    slots: State
+    found_inf: Tensor | None
+
+
+def step_list(batch: list[Task]) -> None:
+    """`update` on parameters of one kind: on all at once where the host knows that all of them step."""
+    ok = stacks.usable(batch)
+    stacks.count(batch, ok)
+    flags = [None] * len(batch) if ok is None else (~ok).to(torch.float32).unbind()
+    if widens(batch[0]):
+        p = batch[0].member.p
+        each = 2 * compute_dtype(p.dtype).itemsize + 1  # bytes of an element's copies, and some for flags
+        room = PIECE if on_host(p) else stacks.ROOM // each  # elements
+        every = (part for pair in zip(batch, flags, strict=True) for part in _pieces(*pair, room))
+        for some in _groups(every, 0 if on_host(p) else room):  # a CPU's caches hold one part
+            _step_wide(batch[0], some)
+        return
+    layout = batch[0].member.route.layout
+    parts = [
+        Part(as_matrix(task.member.p, layout), as_matrix(task.g, layout), task.state, flag)
+        for task, flag in zip(batch, flags, strict=True)
+    ]
+    _update(batch[0], parts)
+
+
+def step_gathered(task: Task) -> None:
+    """The same where ranks share a parameter: of the weights each has its own rows, and zeros for the others."""
+    p = task.member.p
+    full = {name: shards.whole(t) for name, t in task.state.items()}
+    w = torch.zeros(p.shape, dtype=p.dtype, device=shards.local(p).device)
+    mine = shards.part(w, p)
+    mine.copy_(shards.local(p))
+    step_list([replace(task, member=replace(task.member, p=w), g=shards.whole(task.g), state=full)])
+    shards.local(p).copy_(mine)
+    for name, t in full.items():
+        shards.keep(t, task.state[name])
+
+
+def widens(task: Task) -> bool:
+    """Whether wide copies of this weight and its gradient, or of pieces of them, may step in their place."""
+    p, rule, h = task.member.p, task.rule, task.h
+    if shards.is_sharded(p) or not rule.elementwise:
+        return False
+    return p.dtype != compute_dtype(p.dtype) and h.rounding == "nearest" and task.lost is None
+
+
+def _step_wide(one: Task, parts: list[Part]) -> None:
+    """Wide copies of some weights and gradients, in place of these."""
+    dtype = compute_dtype(one.member.p.dtype)
+    narrow = [part.w for part in parts]
+    wide = [part._replace(w=_like(part.w, dtype), g=_like(part.g, dtype)) for part in parts]
+    torch._foreach_copy_([part.w for part in wide], narrow)
+    torch._foreach_copy_([part.g for part in wide], [part.g for part in parts])
+    _update(one, wide)
+    torch._foreach_copy_(narrow, [part.w for part in wide])
+
+
+def _like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(t.shape, dtype=dtype, device=t.device)
+
+
+def _groups(parts: Iterable[Part], elements: int) -> Iterator[list[Part]]:
+    """In order, with at most so many elements each, or one part."""
+    group: list[Part] = []
+    held = 0
+    for part in parts:
+        if group and held + part.w.numel() > elements:
+            yield group
+            group, held = [], 0
+        group.append(part)
+        held += part.w.numel()
+    if group:
+        yield group
+
+
+def _pieces(task: Task, flag: Tensor | None, size: int) -> Iterator[Part]:
+    """A parameter, or pieces of it."""
+    p, g = task.member.p, task.g
+    if p.numel() <= size:
+        yield Part(p, g, task.state, flag)
+        return
+    for where in pieces(p.view(-1), size):
+        slots = {name: t if name == "step" else t.view(-1)[where] for name, t in task.state.items()}
+        yield Part(p.view(-1)[where], g.view(-1)[where], slots, flag)
+
+
+def _update(one: Task, parts: list[Part]) -> None:
+    number = {"step": float(one.count + 1)} if "step" in keywords(one.rule.update) else {}
+    for call in [parts] if parts[0].found_inf is None else [[part] for part in parts]:
+        slots = {name: [part.slots[name] for part in call] for name in call[0].slots}
+        weights, gradients = [part.w for part in call], [part.g for part in call]
+        one.rule.update(weights, gradients, one.h, one.lr, call[0].found_inf, slots=slots, **number)

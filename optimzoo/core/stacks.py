@@ -1,0 +1,105 @@
+"""Parameters of one rule and shape as one tensor: on a device launching a kernel often costs more than running it.
+
+What `steps` does to each of them is done to all at once, with copies of gradients, slots and weights, which memory as
+fast as a device's makes cheap. How many that are is bounded by bytes, so that workspace does not grow with the model.
+"""
+
+import torch
+from torch import Tensor
+
+from optimzoo.core import shards
+from optimzoo.core.apply import apply_update
+from optimzoo.core.member import Task
+from optimzoo.core.routing import as_matrix
+from optimzoo.core.stages import first_stage, keywords
+from optimzoo.core.storage import compute_dtype, is_coarse
+from optimzoo.functional.slices import on_host
+
+ROOM = 1 << 28  # bytes of all temporaries of a stack
+FEWEST = 4  # of a parameter's size: its gradient, its direction, its weight, and one more
+
+
+def possible(task: Task) -> bool:
+    """Whether this step may be one of several: not where it draws random numbers or decomposes, or ranks share it."""
+    p, rule, h = task.member.p, task.rule, task.h
+    if on_host(p) or shards.is_sharded(p) or p.numel() == 0 or task.lost is not None:
+        return False
+    if rule.refresh is not None and rule.due(task.count, h):
+        return False
+    dtype, names = compute_dtype(p.dtype), keywords(first_stage(rule))
+    if (p.dtype != dtype and h.rounding != "nearest") or not names.isdisjoint({"seed", *task.extras}):
+        return False
+    return not any(is_coarse(task.state, name, dtype) for name in names if name in task.state)
+
+
+def size(task: Task) -> int:
+    """How many parameters like this one fit into a stack."""
+    p = task.member.p
+    whole = p.numel() * compute_dtype(p.dtype).itemsize
+    slots = sum(t.nbytes for name, t in task.state.items() if name in keywords(first_stage(task.rule)))
+    return int(ROOM // (max(FEWEST, task.rule.workspace) * whole + slots))
+
+
+def step(tasks: list[Task]) -> None:
+    """One step of each of them."""
+    one = tasks[0]
+    rule, h, layout = one.rule, one.h, one.member.route.layout
+    weights = [as_matrix(task.member.p, layout) for task in tasks]
+    dtype = compute_dtype(one.member.p.dtype)
+    ok = usable(tasks)
+    count(tasks, ok)
+    g = stacked([as_matrix(task.g, layout) for task in tasks], dtype)
+    if h.maximize:
+        g.neg_()
+    first = first_stage(rule)
+    slots = {n: stacked([task.state[n] for task in tasks]) for n in keywords(first) if n in one.state and n != "step"}
+    number = {"step": numbers(tasks, g.ndim)} if "step" in keywords(first) else {}
+    u = first(g, weights[0].expand(g.shape), h, **slots, **number)
+    del g
+    for name in list(slots):
+        write(slots.pop(name), [task.state[name] for task in tasks], ok)
+    if rule.prepare is not None:
+        x, *kept = u
+        u = rule.conclude(rule.products(h)(x), h, *kept)
+    exact = stacked(weights, dtype)
+    apply_update(exact, u, one.lr, h.weight_decay, None if ok is None else along(ok, u.ndim), rule.decay_after)
+    torch._foreach_copy_(weights, exact.unbind())
+
+
+def usable(tasks: list[Task]) -> Tensor | None:
+    """(tasks,) whether each gradient may be used; None where the host knows that all may."""
+    known = [task.ok for task in tasks if task.ok is not None]
+    return torch.stack(known) if known else None
+
+
+def count(tasks: list[Task], ok: Tensor | None) -> None:
+    """Add one to the counters, where there are any, of those whose gradient may be used."""
+    counters = [task.state["step"] for task in tasks if "step" in task.state]
+    if counters:
+        torch._foreach_add_(counters, 1 if ok is None else ok.to(counters[0].dtype).unbind())
+
+
+def numbers(tasks: list[Task], ndim: int) -> float | Tensor:
+    """The number of this step, from 1: (tasks, 1, ...) float64 where parameters count, else the group's."""
+    counters = [task.state["step"] for task in tasks if "step" in task.state]
+    return along(torch.stack(counters).to(torch.float64), ndim) if counters else float(tasks[0].count + 1)
+
+
+def stacked(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """(...) each -> (tensors, ...), by one kernel where they are contiguous."""
+    out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype or tensors[0].dtype, device=tensors[0].device)
+    torch._foreach_copy_(out.unbind(), tensors)
+    return out
+
+
+def write(opened: Tensor, slots: list[Tensor], ok: Tensor | None) -> None:
+    """(slots, ...) back into the slots, but for those whose gradient was not used."""
+    if ok is not None:
+        before = stacked(slots)
+        opened = torch.where(along(ok, opened.ndim), opened, before, out=before)
+    torch._foreach_copy_(slots, opened.unbind())
+
+
+def along(x: Tensor, ndim: int) -> Tensor:
+    """(n,) -> (n, 1, ...), with `ndim` axes."""
+    return x.view(-1, *[1] * (ndim - 1))

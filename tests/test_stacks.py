@@ -1,0 +1,160 @@
+"""Several parameters as one tensor, and narrow weights through wide copies: what a device does, run on the CPU."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optimzoo.core import AdamW, lists, stacks
+from optimzoo.core.engine import _in_place  # noqa: F401  # loaded before its `on_host` is replaced
+from optimzoo.functional.subspace import near_orthonormal, orthonormal
+from optimzoo.optimizers import cosmos, swan
+from optimzoo.optimizers.cosmos import COSMOS
+from optimzoo.optimizers.frugal import FRUGAL
+from optimzoo.optimizers.sm3 import SM3
+from optimzoo.optimizers.swan import SWAN
+from tests.cases import give_gradients, go_the_devices_way, same
+
+PARTS = ("columns", "rows", "randk", "svd", "random", "block")
+CASES = {
+    "cosmos": (COSMOS, {"rank": 8}),
+    "cosmos up": (COSMOS, {"rank": 8, "maximize": True, "nesterov": False}),
+    "swan": (SWAN, {}),
+    "swan exact": (SWAN, {"backend": "exact"}),
+    "sm3": (SM3, {}),
+    "sm3 momentum": (SM3, {"momentum": 0.9}),
+    **{f"frugal {part}": (FRUGAL, {"projection": part, "update_gap": 3}) for part in PARTS},
+    "frugal nothing": (FRUGAL, {"density": 0}),
+    "frugal lion": (FRUGAL, {"state_full": "lion"}),
+    "frugal sgdm": (FRUGAL, {"state_full": "sgdm", "state_free": "sgd"}),
+    "adamw": (AdamW, {}),
+}
+
+
+def model_of(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    wide, tall = [nn.Linear(48, 32) for _ in range(5)], [nn.Linear(32, 48) for _ in range(2)]
+    return nn.Sequential(*wide, *tall, nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.LayerNorm(32)).to(dtype)
+
+
+def stepped(case: str, dtype: torch.dtype, poisoned: bool) -> tuple[list[Tensor], dict[str, int]]:
+    cls, options = CASES[case]
+    model = model_of(dtype)
+    opt = cls(model, lr=1e-2, weight_decay=0.1, **options)
+    for step in range(6):
+        give_gradients(model.parameters(), step)
+        if poisoned and step in (0, 4):
+            next(iter(model.parameters())).grad[0, 0] = float("nan")
+        opt.step()
+    state = [t for slots in opt.state.values() for t in slots.values()]
+    return [*model.parameters(), *state], opt.skipped()
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_stack_steps_as_each_of_its_parameters(case, dtype, poisoned, monkeypatch):
+    go_the_devices_way(monkeypatch)
+    for rule in (cosmos, swan):
+        monkeypatch.setattr(rule, "product_dtype", lambda t: t.dtype)
+    sizes, step = [], stacks.step
+    monkeypatch.setattr(stacks, "step", lambda tasks: sizes.append(len(tasks)) or step(tasks))
+    monkeypatch.setattr(stacks, "ROOM", 4 * 32 * 48 * 4 * 4)  # three or four of them at a time
+    together = stepped(case, dtype, poisoned)
+    assert (case == "adamw") == (not sizes)
+    assert case == "adamw" or 2 in sizes
+    monkeypatch.setattr(stacks, "ROOM", 0)
+    sizes.clear()
+    alone = stepped(case, dtype, poisoned)
+    assert not sizes
+    if CASES[case][0].prepare is None:
+        assert same(together[0], alone[0])
+    for a, b in zip(together[0], alone[0], strict=True):  # products of a batch round off other digits
+        torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+    assert together[1] == alone[1] == ({"0.weight": 2} if poisoned else {})
+
+
+def test_what_draws_by_chance_or_is_counted_steps_alone(monkeypatch):
+    go_the_devices_way(monkeypatch)
+    monkeypatch.setattr(stacks, "step", lambda tasks: pytest.fail("stacked"))
+    for options in ({"state_dtype": "int8"}, {"state_dtype": torch.bfloat16}, {"rounding": "stochastic"}):
+        model = nn.Sequential(*(nn.Linear(96, 64, bias=False) for _ in range(3))).to(torch.bfloat16)
+        opt = COSMOS(model, rank=8, **options)
+        for step in range(3):
+            give_gradients(model.parameters(), step)
+            opt.step()
+    model = nn.Sequential(*(nn.Linear(96, 64, bias=False) for _ in range(3))).to(torch.bfloat16)
+    opt = SWAN(model)
+    give_gradients(model.parameters(), 0)
+    with opt.count_lost():
+        opt.step()
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("room", [0, 9 * 96, 1 << 28])
+def test_narrow_weights_step_as_wide_ones_do_but_for_their_rounding(room, device, monkeypatch):
+    if device:
+        go_the_devices_way(monkeypatch)
+    monkeypatch.setattr(lists, "PIECE", 96)  # whole lines of the kernel, which rounds what is left over in another way
+    monkeypatch.setattr("optimzoo.functional.slices.DEVICE_PIECE", 96)
+    monkeypatch.setattr(stacks, "ROOM", room)
+    shapes = [(31, 17), (5,), (8, 4, 3)]
+    narrow = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in shapes]
+    exact = [nn.Parameter(p.detach().float()) for p in narrow]
+    one, two = (AdamW([(f"p{i}", p) for i, p in enumerate(ps)], lr=0.1, weight_decay=0.5) for ps in (narrow, exact))
+    for step in range(4):
+        give_gradients(narrow, step)
+        for p, q in zip(narrow, exact, strict=True):
+            q.grad = p.grad.float()
+        one.step()
+        two.step()
+        for p, q in zip(narrow, exact, strict=True):
+            q.data = q.data.bfloat16().float()
+            assert torch.equal(p, q.bfloat16())
+            assert all(torch.equal(t, two.state[q][key]) for key, t in one.state[p].items())
+
+
+def positive(energies: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(n, n) with these eigenvalues, and its eigenvectors."""
+    vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    return vectors @ torch.diag(energies) @ vectors.mT, vectors
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e15])
+@pytest.mark.parametrize("decades", [0, 2, 5])
+def test_a_followed_basis_is_that_of_reflections(scale, decades):
+    """Up to signs, where float32 knows the columns."""
+    torch.manual_seed(0)
+    h, _ = positive(torch.logspace(0, -decades, 40, dtype=torch.float64) * scale, 40)
+    basis = torch.linalg.qr(torch.randn(40, 6)).Q
+    x = (h @ basis.double()).float()
+    found, wanted = near_orthonormal(x, basis), orthonormal(x)
+    assert torch.allclose(found.mT @ found, torch.eye(6), atol=1e-6)
+    assert torch.allclose((found.mT @ wanted).abs(), torch.eye(6), atol=3e-5)
+    both = near_orthonormal(torch.stack([x, 2 * x]), torch.stack([basis, basis]))
+    assert torch.allclose(both, found.expand_as(both), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["zero", "rank one", "jump", "low rank", "huge", "subnormal"])
+def test_a_followed_basis_stays_one_whatever_comes(kind):
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 8)).Q
+    left, right = torch.randn(64, 1), torch.randn(1, 8)
+    away = left - basis @ (basis.mT @ left)
+    x = {
+        "zero": torch.zeros(64, 8),
+        "rank one": left @ right,
+        "jump": basis + 1e12 * (away @ right),
+        "low rank": torch.randn(64, 3) @ torch.randn(3, 8),
+        "huge": 1e37 * torch.randn(64, 8),
+        "subnormal": 1e-41 * torch.randn(64, 8),
+    }[kind]
+    found = near_orthonormal(x, basis)
+    assert torch.allclose(found.mT @ found, torch.eye(8), atol=1e-5)
+    if kind == "zero":
+        assert torch.allclose(found, basis, atol=1e-6)  # nothing is known, so nothing turns
+
+
+def test_a_basis_is_kept_where_a_decomposition_fails():
+    basis = torch.linalg.qr(torch.randn(16, 4)).Q
+    x = torch.full((16, 4), float("inf"))
+    assert torch.equal(near_orthonormal(x, basis), basis)
