@@ -4,12 +4,37 @@ import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 Case = Callable[[Path], None]
+PRELOADED = ["tests.test_sharded", "tests.test_trainers", "transformers.trainer", "accelerate"]
+
+
+def started(work: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that does `work`, forked from one that has imported everything, once, and computed nothing.
+
+    Autograd refuses to run in the fork of a process in which it has had threads.
+    """
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_alone, args=(work, *args))
+    process.start()
+    return process
+
+
+def _alone(work: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        work(*args)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
 
 
 def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, str]:
@@ -17,12 +42,8 @@ def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, 
 
     The processes stop at the first failure, as the ranks are out of step then; cases after it are not run.
     """
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_sharded"])  # torch is imported once, not by every rank
     meet = folder / f"meet_{world}"
-    workers = [context.Process(target=_rank, args=(rank, world, cases, folder, meet)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
+    workers = [started(_rank, rank, world, cases, folder, meet) for rank in range(world)]
     for worker in workers:
         worker.join()
     found = dict.fromkeys(cases, "not run, because a case before it failed")
@@ -37,7 +58,6 @@ def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, 
 
 
 def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Path) -> None:
-    torch.set_num_threads(1)
     log = folder / f"{world}_{rank}"
     log.mkdir()
     dist.init_process_group(
@@ -55,4 +75,4 @@ def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Pat
             break
     if not code:
         dist.barrier()
-    os._exit(code)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
+    os._exit(code)

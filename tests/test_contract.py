@@ -431,7 +431,7 @@ def test_workspace_on_a_device_is_bounded_by_the_largest_matrix_or_by_a_constant
     cls, dtype, maximize, layers, room, monkeypatch
 ):
     go_the_devices_way(monkeypatch)
-    monkeypatch.setattr(stacks, "ROOM", room)
+    monkeypatch.setattr(stacks, "DEVICE_ROOM", room)
     stepped, step = [], stacks.step
     monkeypatch.setattr(stacks, "step", lambda tasks: stepped.append(len(tasks)) or step(tasks))
     model = nn.Sequential(*(nn.Linear(512, 256, bias=False, dtype=dtype) for _ in range(layers)))
@@ -667,27 +667,3 @@ def test_signature_and_docstring_tell_a_reader(cls):
     assert cls.__doc__
     assert all(option.doc for option in cls.options.values())
     assert "arXiv" in cls.paper
-
-
-@every
-def test_a_captured_step_is_refused_where_replays_would_repeat_what_the_host_decides(cls, monkeypatch):
-    model = tiny()
-    opt = build(cls, model, lr=torch.tensor(1e-2))
-    go_the_devices_way(monkeypatch)
-    train(model, opt, 0, 1)
-    before = weights(model)
-    monkeypatch.setattr("optimzoo.core.optimizer.capturing", lambda: True)
-    lasting = (
-        cls.needs_model or "step" in stages.keywords(stages.first_stage(cls)) - cls.slots((8, 8), cls.hypers({})).keys()
-    )
-    if lasting:
-        with pytest.raises(RuntimeError, match="on the host: step outside"):
-            opt.step()
-    else:
-        opt.step()
-        assert not same(before, weights(model))
-        before = weights(model)
-        opt.param_groups[0]["lr"] = 1e-2
-        with pytest.raises(RuntimeError, match=r"give lr=torch\.tensor"):
-            opt.step()
-    assert same(before, weights(model))

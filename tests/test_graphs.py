@@ -47,11 +47,11 @@ def trained(cls, how, steps=7, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "rounding", "device"),
     [
-        (torch.float32, None, "nearest", True),
+        (torch.bfloat16, torch.bfloat16, "stochastic", True),
         (torch.bfloat16, torch.bfloat16, "stochastic", False),
         (torch.bfloat16, "int8", "error", True),
     ],
-    ids=["wide-device", "narrow-host", "codes-device"],
+    ids=["narrow-device", "narrow-host", "codes-device"],
 )
 def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, rounding, device, monkeypatch):
     monkeypatch.setattr(storage, "SMALL", 32)
@@ -63,7 +63,7 @@ def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, roundin
     near = {"rtol": 1e-5, "atol": 1e-6} if state_dtype is None else {"rtol": 1e-2, "atol": 2e-3}
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, **near)
-    assert counters["stats"]["unique_graphs"] == made()
+    assert counters["stats"]["unique_graphs"] == made() > 0
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"])

@@ -279,7 +279,7 @@ def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows = 2050
     if device == "cuda":
         rows = 3 * slices.DEVICE_PIECE // 2048
-        monkeypatch.setattr(stacks, "ROOM", 9 * slices.DEVICE_PIECE)  # for one slice's copies
+        monkeypatch.setattr(stacks, "DEVICE_ROOM", 9 * slices.DEVICE_PIECE)  # for one slice's copies
         go_the_devices_way(monkeypatch)
     make = {"adamw": optimzoo.AdamW, "signs": lambda m: optimzoo.FRUGAL(m, density=0.0)}
     for make_one in make.values():

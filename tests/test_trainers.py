@@ -6,10 +6,6 @@ import os
 import runpy
 import shutil
 import signal
-import time
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +15,11 @@ from torch import nn
 
 import optimzoo
 from tests.cases import ALL, converted, loss_of, same, short_options, tiny, weights
+from tests.ranks import started
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "recipes" / "examples").glob("*.py"))
 every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
 MINE = {"learning_rate": 1e-2, "weight_decay": 0.07, "adam_beta1": 0.85, "adam_beta2": 0.97, "adam_epsilon": 1e-5}
-
-
-def fork(work: Callable[..., None], *args: Any) -> int:
-    """A child that does `work`, with everything imported already; its id."""
-    with warnings.catch_warnings():  # newer Pythons warn of threads; the child uses none of the parent's
-        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            work(*args)
-            os._exit(0)
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return child
-
-
-def status(child: int, seconds: float = 240) -> int:
-    """How a child ended, as `subprocess` tells it: its exit code, or minus the signal that ended it."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, code = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(code)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise TimeoutError(f"a child was still running after {seconds} s")
 
 
 def llama(cls: type, seed: int = 0) -> nn.Module:
@@ -113,7 +81,9 @@ no_betas = pytest.mark.filterwarnings("ignore:SM3 has no use for adam_beta")
 def test_huggingface_trainer_killed_and_resumed_is_uninterrupted(cls: type, tmp_path: Path) -> None:
     whole = hf_trainer(cls, tmp_path / "whole")
     whole.train()
-    assert status(fork(train_and_die, cls, tmp_path / "killed")) == -signal.SIGKILL
+    killed = started(train_and_die, cls, tmp_path / "killed")
+    killed.join(240)
+    assert killed.exitcode == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["checkpoint-20"]
     resumed = hf_trainer(cls, tmp_path / "killed", seed=1)
     resumed.train(resume_from_checkpoint=True)
@@ -265,8 +235,10 @@ def test_accelerate_with_two_ranks_is_one_process_on_the_same_batches(tmp_path: 
         accelerator, model, opt = accelerated(cls, gradient_accumulation_steps=2)
         accelerate_steps(accelerator, model, opt, 0, 5)
         alone[name] = weights(model)
-    children = [fork(on_rank, rank, tmp_path / "meet", alone) for rank in range(2)]
-    assert [status(child) for child in children] == [0, 0]
+    children = [started(on_rank, rank, tmp_path / "meet", alone) for rank in range(2)]
+    for child in children:
+        child.join(240)
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 def lightning_module(cls: type, seed: int = 0) -> Any:

@@ -25,8 +25,9 @@ LINE = 16
 class AdamW(ZooOptimizer):
     """Adam with decoupled weight decay; remembers two averages of each parameter's shape and a counter.
 
-    The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where weight, gradient and state share
-    one dtype the fused kernel of PyTorch does the step, without workspace but for the end of a tensor of odd length.
+    The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where the state is wide and weights are
+    not rounded by chance the fused kernel of PyTorch does the step: of float32 weights without workspace but for the
+    end of a tensor of odd length, of narrower ones on wide copies of some of them.
     """
 
     lr: float = hyper(1e-3, ge=0, doc="step size")

@@ -96,7 +96,7 @@ def _step_alone(task: Task) -> None:
 
 def _step_alike(batch: list[Task], largest: int) -> None:
     """Step parameters of one rule and shape, as many at a time as there is room for."""
-    number = stacks.size(batch[0]) if stacks.possible(batch[0]) else 0
+    number = stacks.size(batch[0].member, batch[0].state) if stacks.possible(batch[0]) else 0
     while min(number, len(batch)) > 1:
         stacks.step(batch[:number])
         batch = batch[number:]

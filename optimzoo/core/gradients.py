@@ -78,6 +78,8 @@ def _on_devices(members: list["Member"]) -> dict[Tensor, bool | Tensor | None]:
             alike[g.device, g.dtype, compute_dtype(g.dtype), rule.skips_zero, check][p] = g
     found: dict[Tensor, bool | Tensor | None] = {}
     for (device, _, dtype, skips_zero, check), gradients in alike.items():
+        if len(gradients) == 1:  # `admit` does with fewer
+            continue
         every = list(gradients.values())
         ok = torch.ones(len(every), dtype=torch.bool, device=device)
         if check:  # squared: finite gradients whose squares overflow are refused too

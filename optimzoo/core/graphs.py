@@ -18,7 +18,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.passes.split_module import split_module
 
-from optimzoo.core import shards
+from optimzoo.core import shards, stacks
 from optimzoo.core.apply import apply_update
 from optimzoo.core.member import Task
 from optimzoo.core.routing import Route, as_matrix, from_matrix
@@ -37,15 +37,16 @@ _failed = False  # whether this machine has shown that it cannot compile
 def wanted(task: Task) -> bool:
     """Whether a graph takes this step: not where ranks share it, nothing has values or a refresh is due.
 
-    On a CPU a graph gains where numbers are narrow, are widened, worked on and rounded in many passes. With wide ones,
-    and for rules in stages, whose time goes into products, it was measured to be as slow as the eager engine or slower.
+    A graph gains where numbers are rounded by chance, in many passes. Elsewhere it was measured to be as slow as the
+    eager engine or slower: with wide numbers on a CPU and in stages, whose time goes into products; and on a device,
+    where it steps one parameter, while a stack is many.
     """
     p, rule, h = task.member.p, task.rule, task.h
     if h.engine != "compiled" or _failed or shards.is_sharded(p) or not has_values(p):
         return False
     if not (p.is_contiguous() and task.g.is_contiguous()):  # strides that change would each make a graph
         return False
-    if rule.refresh is not None and rule.due(task.count, h):
+    if stacks.possible(task) or (rule.refresh is not None and rule.due(task.count, h)):
         return False
     dtype = compute_dtype(p.dtype)
     narrow = p.dtype != dtype or any(is_coarse(task.state, name, dtype) for name in slot_names(task.state))

@@ -72,7 +72,7 @@ class LayerOptimizer(MatrixOptimizer):
             if "reselections" in self.state.get(p, {}):
                 self.state[p]["reselections"].copy_(layer.reselections)
 
-    def refuse_capture(self) -> None:
+    def refuse_capture(self, group: dict[str, Any], members: list[Member]) -> None:
         raise RuntimeError(f"{type(self).__name__} chooses entries on the host: step outside of the CUDA graph")
 
     def members(self, index: int) -> list[Member]:

@@ -1,4 +1,7 @@
-"""A rule's `update`, which steps lists of weights in place: no workspace, and one call for many of them."""
+"""A rule's `update`, which steps lists of weights in place: without workspace where they are wide.
+
+One call is for all of them where the host knows that all step; elsewhere each has a call of its own.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -34,7 +37,7 @@ def step_list(batch: list[Task]) -> None:
     if widens(batch[0]):
         p = batch[0].member.p
         each = 2 * compute_dtype(p.dtype).itemsize + 1  # bytes of an element's copies, and some for flags
-        room = PIECE if on_host(p) else stacks.ROOM // each  # elements
+        room = PIECE if on_host(p) else stacks.DEVICE_ROOM // each  # elements
         every = (part for pair in zip(batch, flags, strict=True) for part in _pieces(*pair, room))
         for some in _groups(every, 0 if on_host(p) else room):  # a CPU's caches hold one part
             _step_wide(batch[0], some)

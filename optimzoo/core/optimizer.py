@@ -16,7 +16,7 @@ What a rule promises:
    depends on that weight and on gradients and slots, not on other weights.
 6. The direction comes before the learning rate and without weight decay; the engine applies both.
 7. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
-   axis more before their own, and `step` (count, 1, ...).
+   axis more before their own, and where these count, `step` (parameters, 1, ...).
 
 In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
 never a missing, sparse or non-finite gradient.
@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from optimzoo.core import checkpoint
+from optimzoo.core import checkpoint, stacks
 from optimzoo.core.capture import capturing, refuse_capture
 from optimzoo.core.engine import run
 from optimzoo.core.gradients import check_gradient
@@ -75,11 +75,11 @@ class ZooOptimizer(torch.optim.Optimizer):
     engine: str = hyper(
         "auto",
         one_of=("auto", "compiled"),
-        doc="compiled makes one graph of each shape's step, with torch.compile; on a CPU only where numbers are narrow",
+        doc="compiled makes one graph of each shape's step, with torch.compile, where numbers are rounded by chance",
     )
 
     paper: ClassVar[str] = ""
-    workspace: ClassVar[float] = 1.0  # temporaries of a step in float32, in largest parameters; one more to maximize
+    workspace: ClassVar[float] = 1.0  # temporaries of a float32 step, in largest parameters; or DEVICE_ROOM
     needs_model: ClassVar[bool] = False  # works on a model's converted layers, so it takes the model
     elementwise: ClassVar[bool] = False  # the rule treats every element alike, so it may be run in slices
     skips_zero: ClassVar[bool] = False  # a gradient of zeros is no step at all
@@ -154,10 +154,9 @@ class ZooOptimizer(torch.optim.Optimizer):
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         """Called with the state of a checkpoint before any of it is written; raises to refuse it."""
 
-    def refuse_capture(self) -> None:
-        """Called before a step that is captured in a CUDA graph; raises where a replay would not be the next step."""
-        for index, (_, plan) in self._plans.items():
-            refuse_capture(type(self).__name__, self.param_groups[index], plan, self.state)
+    def refuse_capture(self, group: dict[str, Any], members: list[Member]) -> None:
+        """Called before members of a group step in a CUDA graph; raises where a replay is not their next step."""
+        refuse_capture(type(self).__name__, group, members, self.state)
 
     def paced(self, member: Member) -> Member:
         """The member as it steps now: a method with a warm-up of its own lowers its route's `lr_scale` for a while."""
@@ -165,6 +164,11 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def to_largest_period(self) -> None:
         """Turn the schedule to its period with the most state; only for an optimizer that is planned, not used."""
+
+    def small(self) -> set[Tensor]:
+        """The parameters on a device of which several may step at once, where `stacks.possible` allows it."""
+        taken = {p: member for p, (_, member) in self.begin().items() if p.numel() and not on_host(p)}
+        return {p for p, member in taken.items() if stacks.size(member, self.state[p]) > 1}
 
     def finish(self) -> None:
         """Called after all parameters have stepped; for methods that work on their layers between steps."""
@@ -183,8 +187,6 @@ class ZooOptimizer(torch.optim.Optimizer):
             for _, plan in self._plans.values():  # refused before anything has moved
                 for member in plan:
                     check_gradient(member.p, member.name)
-            if capturing():
-                self.refuse_capture()
             for index, group in enumerate(self.param_groups):
                 self.step_members(index, self._plans[index][1])
                 group["step"] += 1
@@ -206,6 +208,8 @@ class ZooOptimizer(torch.optim.Optimizer):
             lr = lr.item()
         # A parameter of which other ranks have rows may have a gradient there.
         paced = [self.paced(member) for member in members if member.p.grad is not None or is_sharded(member.p)]
+        if capturing():
+            self.refuse_capture(group, paced)
         with without_autocast(paced[0].p.device if paced else None):
             self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
 
@@ -332,6 +336,11 @@ class ZooOptimizer(torch.optim.Optimizer):
             known = self._plans.get(index)
             if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
                 continue
+            if capturing():
+                raise RuntimeError(
+                    f"{type(self).__name__}: this step is being captured in a CUDA graph, and parameters or options "
+                    "have changed since the last one: take a step before"
+                )
             members = self.members(index)
             turned = known is not None and known[0][2] != token[2]
             left = self._left(known[1]) if known is not None else {}
@@ -384,13 +393,15 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
         self._skips.update(names)
-        counted: dict[torch.device, list[tuple[Tensor, Tensor]]] = collections.defaultdict(list)
+        counted: dict[torch.device, dict[str, Tensor]] = collections.defaultdict(dict)
         for name, ok in unknown:
-            if name in self._device_skips:
-                counted[ok.device].append((self._device_skips[name], ok))
-        for pairs in counted.values():
-            counters, oks = zip(*pairs, strict=True)
-            torch._foreach_add_(counters, (~torch.stack(oks)).to(torch.int32).unbind())
+            if name in counted[ok.device]:  # nobody keeps users from giving a name twice
+                self._device_skips[name].add_(~ok)
+            elif name in self._device_skips:
+                counted[ok.device][name] = ok
+        for oks in filter(None, counted.values()):
+            bad = (~torch.stack([*oks.values()])).to(torch.int32)
+            torch._foreach_add_([self._device_skips[name] for name in oks], bad.unbind())
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three attributes; ours would be lost by copy and pickle without this.

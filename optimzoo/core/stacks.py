@@ -4,19 +4,23 @@ What `steps` does to each of them is done to all at once, with copies of gradien
 fast as a device's makes cheap. How many that are is bounded by bytes, so that workspace does not grow with the model.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from optimzoo.core import shards
 from optimzoo.core.apply import apply_update
-from optimzoo.core.member import Task
-from optimzoo.core.routing import as_matrix
+from optimzoo.core.member import Member, Task
+from optimzoo.core.routing import as_matrix, from_matrix, matrix_shape
 from optimzoo.core.stages import first_stage, keywords
-from optimzoo.core.storage import compute_dtype, is_coarse
+from optimzoo.core.storage import State, compute_dtype, is_coarse, slot_names
+from optimzoo.functional.polar import ALIGNED
 from optimzoo.functional.slices import on_host
 
-ROOM = 1 << 28  # bytes of all temporaries of a stack
-FEWEST = 4  # of a parameter's size: its gradient, its direction, its weight, and one more
+DEVICE_ROOM = 1 << 28  # bytes of temporaries where several parameters step at once
+FEWEST = 4  # temporaries of a parameter's size: its gradient, its direction, its weight, and one more
+THIN = 4  # temporaries of the size of what a rule in stages keeps beside the largest slot, a basis say
 
 
 def possible(task: Task) -> bool:
@@ -29,15 +33,18 @@ def possible(task: Task) -> bool:
     dtype, names = compute_dtype(p.dtype), keywords(first_stage(rule))
     if (p.dtype != dtype and h.rounding != "nearest") or not names.isdisjoint({"seed", *task.extras}):
         return False
-    return not any(is_coarse(task.state, name, dtype) for name in names if name in task.state)
+    return not any(is_coarse(task.state, name, dtype) for name in slot_names(task.state))
 
 
-def size(task: Task) -> int:
+def size(member: Member, state: State) -> int:
     """How many parameters like this one fit into a stack."""
-    p = task.member.p
-    whole = p.numel() * compute_dtype(p.dtype).itemsize
-    slots = sum(t.nbytes for name, t in task.state.items() if name in keywords(first_stage(task.rule)))
-    return int(ROOM // (max(FEWEST, task.rule.workspace) * whole + slots))
+    p, rule = member.p, member.route.rule
+    *others, row = matrix_shape(p, member.route.layout) or (1,)
+    filled_up = -(-row // ALIGNED) * ALIGNED if rule.prepare is not None else row
+    whole = math.prod(others) * filled_up * compute_dtype(p.dtype).itemsize
+    slots = [t.nbytes for name, t in state.items() if name in keywords(first_stage(rule))]
+    thin = THIN * (sum(slots) - max(slots)) if slots and rule.prepare is not None else 0
+    return int(DEVICE_ROOM // (max(FEWEST, rule.workspace) * whole + sum(slots) + thin))
 
 
 def step(tasks: list[Task]) -> None:
@@ -63,7 +70,8 @@ def step(tasks: list[Task]) -> None:
         u = rule.conclude(rule.products(h)(x), h, *kept)
     exact = stacked(weights, dtype)
     apply_update(exact, u, one.lr, h.weight_decay, None if ok is None else along(ok, u.ndim), rule.decay_after)
-    torch._foreach_copy_(weights, exact.unbind())
+    back = [from_matrix(w, task.member.p, layout) for w, task in zip(exact.unbind(), tasks, strict=True)]
+    torch._foreach_copy_([task.member.p for task in tasks], back)  # as a matrix it may be a copy
 
 
 def usable(tasks: list[Task]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Whole steps of rules that treat a part of each matrix in their own way, a piece at a time and with room for one.
+"""Whole steps, on a CPU, of rules that treat a part of each matrix in their own way, a piece at a time.
 
 They do what `take`, two directions and `put_` do, without the direction of a whole matrix.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.functional.projection import noise_unit
-from optimzoo.functional.slices import has_values, on_host, piece_size, pieces
+from optimzoo.functional.slices import has_values, pieces
 
 PIECE = 1 << 18  # elements handled at a time on a CPU: with half of them, threads wait longer than they work
 
@@ -59,9 +59,9 @@ def step_rows_(
 ) -> None:
     """`part` on the rows (k,), sorted, of w (m, n), whose averages are (k, n); `rest` on the others.
 
-    Elsewhere than on a CPU, which rows are in a piece cannot be asked, so there it is one piece.
+    Without values, which rows are in a piece cannot be asked, so there it is one piece.
     """
-    rows, places = (_rows(w), chosen.tolist()) if on_host(w) and has_values(w) else (w.shape[0], [])
+    rows, places = (_rows(w), chosen.tolist()) if has_values(w) else (w.shape[0], [])
     room = _room(w, rows * w.shape[1])
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
@@ -103,8 +103,8 @@ def step_low_rank_(
 
 def _rows(w: Tensor) -> int:
     """Rows in a piece."""
-    return min(w.shape[0], max(1, piece_size(w, PIECE) // w.shape[1]))
+    return min(w.shape[0], max(1, PIECE // w.shape[1]))
 
 
 def _room(w: Tensor, most: int) -> Tensor:
-    return torch.empty(min(most, max(piece_size(w, PIECE), w.shape[-1])), dtype=w.dtype, device=w.device)
+    return torch.empty(min(most, max(PIECE, w.shape[-1])), dtype=w.dtype, device=w.device)

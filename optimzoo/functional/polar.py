@@ -95,9 +95,9 @@ def _iterate_(x: Tensor, steps: list[Coefficients]) -> Tensor:
     """Every step x <- (a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two.
 
     Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix.
-    On a device rows are filled up with zeros, which stay zeros, where their length is an awkward one.
+    On a device rows of narrow numbers are filled up with zeros, which stay zeros, where their length is an awkward one.
     """
-    if not on_host(x) and (beyond := x.shape[-1] % ALIGNED):
+    if x.dtype.itemsize < 4 and not on_host(x) and (beyond := x.shape[-1] % ALIGNED):
         return _iterate_(torch.nn.functional.pad(x, (0, ALIGNED - beyond)), steps)[..., : x.shape[-1]]
     x = x.contiguous()
     tall, room, poly = x.shape[-2] > x.shape[-1], torch.empty_like(x), None

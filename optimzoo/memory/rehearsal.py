@@ -63,6 +63,8 @@ class Rehearsal:
                 for p in self.trained:
                     p.sum().backward()
         self._update(self.optimizers)
+        if release is None:
+            self._ordinary()
 
     def step(self, accumulate: int, autocast: torch.dtype | None, release: Release | None) -> None:
         with self._watched(release):
@@ -78,6 +80,8 @@ class Rehearsal:
         if self.optimizers:
             self.timeline.begin("step")
             self._update(self.optimizers)
+            if release is None:
+                self._ordinary()
 
     @contextmanager
     def _watched(self, release: Release | None) -> Iterator[None]:
@@ -120,6 +124,21 @@ class Rehearsal:
         for p in self.trained:
             self.timeline.dropped(p)
             p.grad = None
+
+    def _ordinary(self) -> None:
+        """After the step at which all periodic work is due, one at which none is: on a device small ones go together.
+
+        Large parameters are left out: they would step as before, in as much time.
+        """
+        zoo = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "small")]
+        small = {p for optimizer in zoo for p in optimizer.small()}
+        kept = {p: p.grad for p in self.trained if p not in small}
+        for p in kept:
+            p.grad = None
+        if small:
+            self._update(zoo)
+        for p, grad in kept.items():
+            p.grad = grad
 
     def _update(self, optimizers: Sequence[Optimizer]) -> None:
         gc.collect()  # what the forward pass left in cycles could be freed inside of the step, or not

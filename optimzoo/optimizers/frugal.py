@@ -124,7 +124,7 @@ class FRUGAL(MatrixOptimizer):
             return super().route_matrix(p, name, group, h, layout)
         if h.density == 1:
             return self._stateful(h, group, "density is 1")
-        return Route(Stateless, h, reason=WAITS if h.density else "density is 0")
+        return Route(Stateless, h, reason=WAITS if h.density else "density is 0", periodic=h.density > 0)
 
     def _stateful(self, h: Any, group: dict[str, Any], reason: str) -> Route:
         if h.state_full == "adamw":

@@ -17,7 +17,7 @@ from optimzoo.training.errors import UserError, reason
 from optimzoo.training.parsing import flat, parse
 from optimzoo.training.recipe import Recipe, validate
 
-PACKAGES = ("optimzoo", "torch", "numpy", "transformers", "datasets", "pydantic")
+PACKAGES = ("optimzoo", "numpy", "transformers", "datasets", "pydantic")
 FORMAT = "optimzoo run 1"
 
 
@@ -187,4 +187,4 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    return found
+    return found | {"torch": str(torch.__version__)}  # which tells the build too
