@@ -37,9 +37,9 @@ _failed = False  # whether this machine has shown that it cannot compile
 def wanted(task: Task) -> bool:
     """Whether a graph takes this step: not where ranks share it, nothing has values or a refresh is due.
 
-    A graph gains where numbers are rounded by chance, in many passes. Elsewhere it was measured to be as slow as the
-    eager engine or slower: with wide numbers on a CPU and in stages, whose time goes into products; and on a device,
-    where it steps one parameter, while a stack is many.
+    A graph gains where numbers are widened, worked on and rounded in many passes. Elsewhere it was measured to be as
+    slow as the eager engine or slower: with wide numbers on a CPU, in stages there, whose time goes into products, and
+    on a device where several parameters step as one tensor.
     """
     p, rule, h = task.member.p, task.rule, task.h
     if h.engine != "compiled" or _failed or shards.is_sharded(p) or not has_values(p):
