@@ -387,3 +387,21 @@ def test_two_ranks_choose_the_same(tmp_path):
 def test_refuses_by_name(options, words):
     with pytest.raises(ValueError, match=words):
         FRUGAL(stack(1), **options)
+
+
+def test_what_rounding_left_out_outlives_a_period():
+    named = [(f"w{i}", parameter((16, 16), i, torch.bfloat16)) for i in range(4)]
+    opt = FRUGAL(named, lr=1e-4, projection="block", update_gap=2, rounding="error")
+    for step in range(8):
+        give_gradients([p for _, p in named], step)
+        opt.memory()  # a period begins
+        exact = [p.double() + opt.state[p]["rounding_error"].double() for _, p in named]
+        opt.step()
+        for (_, p), before in zip(named, exact, strict=True):
+            moved = p.double() + opt.state[p]["rounding_error"].double() - before
+            assert moved.abs().max() < 5e-4  # steps of 1e-4, while a weight is rounded by up to 4e-3
+        if step % 2:
+            kept = [opt.state[p]["rounding_error"].clone() for _, p in named]
+            opt.memory()
+            assert all(torch.equal(opt.state[p]["rounding_error"], k) for (_, p), k in zip(named, kept, strict=True))
+            assert any(k.any() for k in kept)

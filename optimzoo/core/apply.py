@@ -36,10 +36,10 @@ def apply_update(
     """Decay and step in place; `u` is used up.
 
     `ok` is a 0-dim boolean on the device, or None when the host knows that the gradient was finite; of several weights
-    in one tensor one each, (n, 1, ...). `after` decays the
-    stepped weight instead: w <- (1 - lr * weight_decay) (w - lr u). The rest is about narrow weights: `error` is added
-    before and holds afterwards what rounding left out, `seed` asks for rounding by chance, for positions from `first`
-    on, and `lost` (2,) is increased by the elements that did not change and by those that should have.
+    in one tensor one each, (n, 1, ...). `after` decays the stepped weight instead: w <- (1 - lr * weight_decay) (w - lr
+    u). The rest is about narrow weights: `error` is added before and holds afterwards what rounding left out, `seed`
+    asks for rounding by chance, for positions from `first` on, and `lost` (2,) is increased by the elements that did
+    not change and by those that should have.
     """
     if ok is not None:
         u.masked_fill_(~ok, 0)

@@ -41,6 +41,7 @@ from optimzoo.core.member import Member, specs
 from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.shards import is_sharded, local, placed
 from optimzoo.core.storage import (
+    ERROR,
     STATE_DTYPES,
     compute_dtype,
     fill_slot,
@@ -346,7 +347,9 @@ class ZooOptimizer(torch.optim.Optimizer):
             left = self._left(known[1]) if known is not None else {}
             for member in members:
                 have = self.state.get(member.p) or left.get((member.name, member.p.shape), {})
-                self._fit(member, group, {} if turned and member.route.periodic else have)
+                if turned and member.route.periodic:  # what rounding left of the weight is no slot of the rule
+                    have = {ERROR: have[ERROR]} if ERROR in have else {}
+                self._fit(member, group, have)
             self._plans[index] = (token, members)
             changed = True
         if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):

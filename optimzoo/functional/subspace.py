@@ -78,9 +78,8 @@ def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
 
         U <- QR(H U)        S <- U^T H U, symmetrised
     """
-    across = add_product_(
-        (gram @ basis.mT).mul_(decay), (g @ basis).mT, g, alpha=1 - decay
-    )  # its rows are fast to write
+    across = (gram @ basis.mT).mul_(decay)  # H U on its side: rows are fast to write
+    add_product_(across, (g @ basis).mT, g, alpha=1 - decay)
     turned = orthonormal(across.mT) if on_host(g) else near_orthonormal(across.mT, basis)
     turn = basis.mT @ turned
     basis.copy_(turned)
