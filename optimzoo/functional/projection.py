@@ -100,7 +100,7 @@ def svd_basis(g: Tensor, rank: int) -> Tensor:
     """(m, n) -> (min(m, n), r): leading right singular vectors if m >= n, else left, in float64; a view of all.
 
     From the Gram matrix of the shorter side, which in float64 knows them better than a float32's decomposition does, in
-    a half to a ninth of the time. Workspace beside the result: two (s, s) of float64, s = min(m, n).
+    a half to an eighth of the time. Workspace beside the result: two (s, s) of float64, s = min(m, n).
     """
     tall = g if g.shape[0] >= g.shape[1] else g.mT
     s = tall.shape[1]
