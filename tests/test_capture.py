@@ -13,8 +13,6 @@ from optimzoo.optimizers.sst import SST
 from optimzoo.optimizers.swan import SWAN
 from tests.cases import build, give_gradients, go_the_devices_way, same, tiny, weights
 
-NARROW = {"state_dtype": torch.bfloat16}
-
 
 def made(cls: type[ZooOptimizer], steps: int, dtype: torch.dtype = torch.float32, **options) -> tuple:
     model = tiny(dtype=dtype)
@@ -28,12 +26,8 @@ def made(cls: type[ZooOptimizer], steps: int, dtype: torch.dtype = torch.float32
 
 @pytest.fixture
 def capture(monkeypatch):
-    def begin() -> None:
-        for module in ("core.optimizer", "core.capture"):
-            monkeypatch.setattr(f"optimzoo.{module}.capturing", lambda: True)
-
     go_the_devices_way(monkeypatch)
-    return begin
+    return lambda: monkeypatch.setattr("optimzoo.core.optimizer.capturing", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +57,7 @@ def test_what_counts_on_the_device_is_captured(cls, options, capture):
         (FRUGAL, 1, {"projection": "block", "density": 0.25}, "counts its steps on the host"),
         (SST, 1, {}, "chooses entries on the host"),
         (SFT, 1, {}, "chooses entries on the host"),
-        (AdamW, 1, NARROW, "by the same chance"),
+        (AdamW, 1, {"state_dtype": torch.bfloat16}, "by the same chance"),
         (AdamW, 1, {"dtype": torch.bfloat16, "rounding": "stochastic"}, "by the same chance"),
     ],
 )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import optimzoo
 from optimzoo.core import AdamW, lists, stacks, storage
-from optimzoo.core.engine import _in_place  # noqa: F401  # loaded before its `on_host` is replaced
+from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import near_orthonormal, orthonormal
 from optimzoo.memory import Workspace
 from optimzoo.optimizers import cosmos, swan
@@ -126,18 +126,22 @@ def test_a_plan_for_a_device_knows_the_stacks(case, monkeypatch):
 
 def test_what_draws_by_chance_or_is_counted_steps_alone(monkeypatch):
     go_the_devices_way(monkeypatch)
-    monkeypatch.setattr(stacks, "step", lambda tasks: pytest.fail("stacked"))
+    stepped, step = [], stacks.step
+    monkeypatch.setattr(stacks, "step", lambda tasks: stepped.append(tasks) or step(tasks))
     for options in ({"state_dtype": "int8"}, {"state_dtype": torch.bfloat16}, {"rounding": "stochastic"}):
         model = nn.Sequential(*(nn.Linear(96, 64, bias=False) for _ in range(3))).to(torch.bfloat16)
         opt = COSMOS(model, rank=8, **options)
-        for step in range(3):
-            give_gradients(model.parameters(), step)
+        for number in range(3):
+            give_gradients(model.parameters(), number)
             opt.step()
     model = nn.Sequential(*(nn.Linear(96, 64, bias=False) for _ in range(3))).to(torch.bfloat16)
     opt = SWAN(model)
     give_gradients(model.parameters(), 0)
     with opt.count_lost():
         opt.step()
+    assert not stepped
+    opt.step()
+    assert stepped, "without these, they would"
 
 
 @pytest.mark.parametrize(("device", "room"), [(False, 0), (True, 0), (True, 9 * 96), (True, 1 << 28)])
@@ -163,18 +167,13 @@ def test_narrow_weights_step_as_wide_ones_do_but_for_their_rounding(device, room
             assert all(torch.equal(t, two.state[q][key]) for key, t in one.state[p].items())
 
 
-def positive(energies: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(n, n) with these eigenvalues, and its eigenvectors."""
-    vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
-    return vectors @ torch.diag(energies) @ vectors.mT, vectors
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e15])
 @pytest.mark.parametrize("decades", [0, 2, 5])
 def test_a_followed_basis_is_that_of_reflections(scale, decades):
     """Up to signs, where float32 knows the columns."""
     torch.manual_seed(0)
-    h, _ = positive(torch.logspace(0, -decades, 40, dtype=torch.float64) * scale, 40)
+    vectors = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    h = (vectors * torch.logspace(0, -decades, 40, dtype=torch.float64) * scale) @ vectors.mT
     basis = torch.linalg.qr(torch.randn(40, 6)).Q
     x = (h @ basis.double()).float()
     found, wanted = near_orthonormal(x, basis), orthonormal(x)
@@ -220,18 +219,31 @@ def test_a_basis_is_kept_where_a_decomposition_fails(info, monkeypatch):
     assert not torch.allclose(found[0], basis[0], atol=1e-2)
 
 
-def test_a_first_failure_is_not_forgotten():
-    """x that cancels what keeps its columns apart: the first factor fails, the second one of what is left may not."""
-    torch.manual_seed(0)
-    for _ in range(50):
-        basis = torch.linalg.qr(torch.randn(24, 6)).Q
-        x = torch.randn(24, 2) @ torch.randn(2, 6)
-        x -= basis * (4 * torch.finfo(torch.float32).eps * x.norm())
-        found = near_orthonormal(x, basis)
-        assert torch.allclose(found.mT @ found, torch.eye(6), atol=1e-5)
+def test_a_first_failure_is_not_forgotten(monkeypatch):
+    factor, infos = torch.linalg.cholesky_ex, [1, 0]
+    told = lambda a: (factor(a).L, torch.tensor(infos.pop(0), dtype=torch.int32))  # noqa: E731
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", told)
+    basis = torch.linalg.qr(torch.randn(24, 6)).Q
+    assert torch.equal(near_orthonormal(torch.randn(24, 6), basis), basis)
+    assert not infos
 
 
 def test_float64_keeps_its_digits():
     basis = torch.linalg.qr(torch.randn(24, 6, dtype=torch.float64)).Q
     x = 1e-60 * torch.randn(24, 6, dtype=torch.float64)
     assert torch.equal(near_orthonormal(x, basis), orthonormal(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 33, 45), (45, 33), (2, 64, 40)])
+def test_products_on_a_device_have_aligned_rows(shape, monkeypatch):
+    x = torch.randn(shape).bfloat16().div_(40)
+    wanted = quintic_(x.clone())
+    go_the_devices_way(monkeypatch)
+    rows, name = [], "mm" if x.ndim == 2 else "bmm"
+    product = getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda a, b, out: rows.append(out.shape[-1]) or product(a, b, out=out))
+    found = quintic_(x.clone())
+    assert found.shape == shape
+    last = -(-shape[-1] // 8) * 8
+    assert rows[1::2] == [last] * 5  # the products that make x
+    torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-7)

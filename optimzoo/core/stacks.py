@@ -55,21 +55,21 @@ def step(tasks: list[Task]) -> None:
     dtype = compute_dtype(one.member.p.dtype)
     ok = usable(tasks)
     count(tasks, ok)
-    g = stacked([as_matrix(task.g, layout) for task in tasks], dtype)
+    g = _stacked([as_matrix(task.g, layout) for task in tasks], dtype)
     if h.maximize:
         g.neg_()
     first = first_stage(rule)
-    slots = {n: stacked([task.state[n] for task in tasks]) for n in keywords(first) if n in one.state and n != "step"}
-    number = {"step": numbers(tasks, g.ndim)} if "step" in keywords(first) else {}
+    slots = {n: _stacked([task.state[n] for task in tasks]) for n in keywords(first) if n in one.state and n != "step"}
+    number = {"step": _numbers(tasks, g.ndim)} if "step" in keywords(first) else {}
     u = first(g, weights[0].expand(g.shape), h, **slots, **number)
     del g
     for name in list(slots):
-        write(slots.pop(name), [task.state[name] for task in tasks], ok)
+        _write(slots.pop(name), [task.state[name] for task in tasks], ok)
     if rule.prepare is not None:
         x, *kept = u
         u = rule.conclude(rule.products(h)(x), h, *kept)
-    exact = stacked(weights, dtype)
-    apply_update(exact, u, one.lr, h.weight_decay, None if ok is None else along(ok, u.ndim), rule.decay_after)
+    exact = _stacked(weights, dtype)
+    apply_update(exact, u, one.lr, h.weight_decay, None if ok is None else _along(ok, u.ndim), rule.decay_after)
     back = [from_matrix(w, task.member.p, layout) for w, task in zip(exact.unbind(), tasks, strict=True)]
     torch._foreach_copy_([task.member.p for task in tasks], back)  # as a matrix it may be a copy
 
@@ -87,27 +87,27 @@ def count(tasks: list[Task], ok: Tensor | None) -> None:
         torch._foreach_add_(counters, 1 if ok is None else ok.to(counters[0].dtype).unbind())
 
 
-def numbers(tasks: list[Task], ndim: int) -> float | Tensor:
+def _numbers(tasks: list[Task], ndim: int) -> float | Tensor:
     """The number of this step, from 1: (tasks, 1, ...) float64 where parameters count, else the group's."""
     counters = [task.state["step"] for task in tasks if "step" in task.state]
-    return along(torch.stack(counters).to(torch.float64), ndim) if counters else float(tasks[0].count + 1)
+    return _along(torch.stack(counters).to(torch.float64), ndim) if counters else float(tasks[0].count + 1)
 
 
-def stacked(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+def _stacked(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """(...) each -> (tensors, ...), by one kernel where they are contiguous."""
     out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype or tensors[0].dtype, device=tensors[0].device)
     torch._foreach_copy_(out.unbind(), tensors)
     return out
 
 
-def write(opened: Tensor, slots: list[Tensor], ok: Tensor | None) -> None:
+def _write(opened: Tensor, slots: list[Tensor], ok: Tensor | None) -> None:
     """(slots, ...) back into the slots, but for those whose gradient was not used."""
     if ok is not None:
-        before = stacked(slots)
-        opened = torch.where(along(ok, opened.ndim), opened, before, out=before)
+        before = _stacked(slots)
+        opened = torch.where(_along(ok, opened.ndim), opened, before, out=before)
     torch._foreach_copy_(slots, opened.unbind())
 
 
-def along(x: Tensor, ndim: int) -> Tensor:
+def _along(x: Tensor, ndim: int) -> Tensor:
     """(n,) -> (n, 1, ...), with `ndim` axes."""
     return x.view(-1, *[1] * (ndim - 1))
