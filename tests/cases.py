@@ -47,11 +47,15 @@ def direct(rule, g: Tensor, w: Tensor, h, slots: dict) -> Tensor:
     return rule.conclude(rule.products(h)(x), h, *kept)
 
 
-def go_the_devices_way(monkeypatch) -> None:
-    """Whether gradients are finite is a tensor from here on, nothing is read, and pieces are a device's."""
+def go_the_devices_way(monkeypatch, device: str = "xpu") -> None:
+    """Whether gradients are finite is a tensor from here on, nothing is read, and pieces are a device's.
+
+    "cuda" has Triton's kernels too, run by its interpreter.
+    """
     for name, module in list(sys.modules.items()):
-        if name.startswith("optimzoo.") and hasattr(module, "on_host"):
-            monkeypatch.setattr(module, "on_host", lambda t: False)
+        for asked, answer in (("on_host", False), ("device_type", device)):
+            if name.startswith("optimzoo.") and hasattr(module, asked):
+                monkeypatch.setattr(module, asked, lambda t, answer=answer: answer)
 
 
 def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:

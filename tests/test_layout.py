@@ -97,7 +97,8 @@ def test_the_core_needs_three_packages_only():
             for name, on_import in imports(path):
                 package = name.split(".")[0]
                 known = package in CORE_NEEDS | {"optimzoo"} or package in sys.stdlib_module_names
-                assert known or not on_import, f"{path.name} imports {name} at the top"
+                kernel = package == "triton" and path.name.startswith("triton_")  # imported where it runs
+                assert known or kernel or not on_import, f"{path.name} imports {name} at the top"
 
 
 def test_the_top_level_is_what_it_should_be():

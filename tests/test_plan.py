@@ -263,8 +263,8 @@ def test_blocks_are_planned_at_their_largest_period(density: float) -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA costs beyond the CPU (kept state of skipped steps, counters on the device) is in a plan for it."""
-    plan = optimzoo.plan(tiny(width=64), PLAIN[name], device="cuda")
+    """What a device costs beyond the CPU (kept state of skipped steps, counters on the device) is in a plan for it."""
+    plan = optimzoo.plan(tiny(width=64), PLAIN[name], device="xpu")
     go_the_devices_way(monkeypatch)
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)  # the same products on both
     model = tiny(width=64)
@@ -273,11 +273,11 @@ def test_the_way_of_a_device_without_one(name: str, monkeypatch: pytest.MonkeyPa
     assert plan.workspace == pytest.approx(workspace, rel=0.01, abs=64)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
 def test_slices_stand_for_all(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of many slices is planned by two of them, and costs no more than some slices either way."""
     rows = 2050
-    if device == "cuda":
+    if device == "xpu":
         rows = 3 * slices.DEVICE_PIECE // 2048
         monkeypatch.setattr(stacks, "DEVICE_ROOM", 9 * slices.DEVICE_PIECE)  # for one slice's copies
         go_the_devices_way(monkeypatch)

@@ -112,7 +112,7 @@ def test_stacks_of_any_shape_keep_to_the_room(cls, options, shape, dtype, monkey
 def test_a_plan_for_a_device_knows_the_stacks(case, monkeypatch):
     cls, options = CASES[case]
     model = nn.Sequential(*(nn.Linear(48, 32, bias=False) for _ in range(30)))
-    plan = optimzoo.plan(model, lambda model: cls(model, **options), device="cuda")
+    plan = optimzoo.plan(model, lambda model: cls(model, **options), device="xpu")
     go_the_devices_way(monkeypatch)
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)  # the same products on both
     opt, peaks = cls(model, **options), []

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimzoo.core.capture import capturing
 from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.slots import Slot
+from optimzoo.functional import adamw_kernel
 from optimzoo.functional.moments import adam_direction
 from optimzoo.functional.slices import on_host
 
@@ -26,8 +28,8 @@ class AdamW(ZooOptimizer):
     """Adam with decoupled weight decay; remembers two averages of each parameter's shape and a counter.
 
     The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where the state is wide and weights are
-    not rounded by chance the fused kernel of PyTorch does the step: of float32 weights without workspace but for the
-    end of a tensor of odd length, of narrower ones on wide copies of some of them.
+    not rounded by chance one kernel does the step. On CUDA that is our own, without workspace; elsewhere PyTorch's, of
+    float32 weights without workspace but for the end of a tensor of odd length, of narrower ones on wide copies.
     """
 
     lr: float = hyper(1e-3, ge=0, doc="step size")
@@ -51,6 +53,11 @@ class AdamW(ZooOptimizer):
         return adam_direction(g, exp_avg, exp_avg_sq, step, h.betas, h.eps)
 
     @staticmethod
+    def takes_narrow(p: Tensor) -> bool:
+        # In a graph's replay the host's table of addresses would be whatever stands in its place by then.
+        return not capturing() and adamw_kernel.available(p)
+
+    @staticmethod
     def update(
         ws: list[Tensor],
         gs: list[Tensor],
@@ -60,7 +67,17 @@ class AdamW(ZooOptimizer):
         *,
         slots: dict[str, list[Tensor]],
     ) -> None:
-        kinds = [ws, gs, slots["exp_avg"], slots["exp_avg_sq"]]
+        averages = slots["exp_avg"], slots["exp_avg_sq"]
+        options: dict[str, Any] = {"eps": h.eps, "weight_decay": h.weight_decay, "maximize": h.maximize}
+        if AdamW.takes_narrow(ws[0]):
+            adamw_kernel.step_(ws, gs, *averages, slots["step"], found_inf, lr=lr, betas=h.betas, **options)
+            return
+        if found_inf is not None and len(ws) > 1:  # PyTorch's kernel takes one flag a call
+            for i, flag in enumerate(found_inf.unbind()):
+                some = {name: [tensors[i]] for name, tensors in slots.items()}
+                AdamW.update([ws[i]], [gs[i]], h, lr, flag, slots=some)
+            return
+        kinds = [ws, gs, *averages]
         ragged = [i for i, w in enumerate(ws) if w.numel() % LINE] if on_host(ws[0]) else []
         ends = [[_end(tensors[i]) for i in ragged] for tensors in kinds]
         if ragged:
@@ -76,11 +93,9 @@ class AdamW(ZooOptimizer):
             lr=lr,
             beta1=h.betas[0],
             beta2=h.betas[1],
-            weight_decay=h.weight_decay,
-            eps=h.eps,
             amsgrad=False,
-            maximize=h.maximize,
             found_inf=found_inf,
+            **options,
         )
         for tensors, more in ((ws, ends[0]), (slots["exp_avg"], ends[2]), (slots["exp_avg_sq"], ends[3])):
             for i, stepped in zip(ragged, more, strict=True):

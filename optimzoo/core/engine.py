@@ -63,7 +63,7 @@ def run(
         spread = shared = shards.is_sharded(p)
         if spread and route.rule.elementwise and _by_rows(task.state, p):
             task, shared = _on_rows(task), False
-        key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, p.device)
+        key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, g.dtype, p.device)
         if _in_place(task):
             if shared:
                 step_gathered(task)

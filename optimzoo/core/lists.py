@@ -1,7 +1,4 @@
-"""A rule's `update`, which steps lists of weights in place: without workspace where they are wide.
-
-One call is for all of them where the host knows that all step; elsewhere each has a call of its own.
-"""
+"""A rule's `update`, which steps lists of weights in place: narrow ones through wide copies, unless it takes them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -26,28 +23,25 @@ class Part(NamedTuple):
     w: Tensor
     g: Tensor
     slots: State
-    found_inf: Tensor | None
+    found_inf: Tensor | None = None
 
 
 def step_list(batch: list[Task]) -> None:
-    """`update` on parameters of one kind: on all at once where the host knows that all of them step."""
-    ok = stacks.usable(batch)
+    """`update` on parameters of one kind."""
+    one, ok = batch[0], stacks.usable(batch)
     stacks.count(batch, ok)
-    flags = [None] * len(batch) if ok is None else (~ok).to(torch.float32).unbind()
-    if widens(batch[0]):
-        p = batch[0].member.p
+    found_inf = None if ok is None else (~ok).to(torch.float32)
+    if widens(one) and not one.rule.takes_narrow(one.member.p):
+        p, flags = one.member.p, [None] * len(batch) if found_inf is None else found_inf.unbind()
         each = 2 * compute_dtype(p.dtype).itemsize + 1  # bytes of an element's copies, and some for flags
         room = PIECE if on_host(p) else stacks.DEVICE_ROOM // each  # elements
         every = (part for pair in zip(batch, flags, strict=True) for part in _pieces(*pair, room))
         for some in _groups(every, 0 if on_host(p) else room):  # a CPU's caches hold one part
-            _step_wide(batch[0], some)
+            _step_wide(one, some)
         return
-    layout = batch[0].member.route.layout
-    parts = [
-        Part(as_matrix(task.member.p, layout), as_matrix(task.g, layout), task.state, flag)
-        for task, flag in zip(batch, flags, strict=True)
-    ]
-    _update(batch[0], parts)
+    layout = one.member.route.layout
+    parts = [Part(as_matrix(task.member.p, layout), as_matrix(task.g, layout), task.state) for task in batch]
+    _update(one, parts, found_inf)
 
 
 def step_gathered(task: Task) -> None:
@@ -78,7 +72,8 @@ def _step_wide(one: Task, parts: list[Part]) -> None:
     wide = [part._replace(w=_like(part.w, dtype), g=_like(part.g, dtype)) for part in parts]
     torch._foreach_copy_([part.w for part in wide], narrow)
     torch._foreach_copy_([part.g for part in wide], [part.g for part in parts])
-    _update(one, wide)
+    flags = [part.found_inf for part in parts if part.found_inf is not None]
+    _update(one, wide, torch.stack(flags) if flags else None)
     torch._foreach_copy_(narrow, [part.w for part in wide])
 
 
@@ -111,9 +106,8 @@ def _pieces(task: Task, flag: Tensor | None, size: int) -> Iterator[Part]:
         yield Part(p.view(-1)[where], g.view(-1)[where], slots, flag)
 
 
-def _update(one: Task, parts: list[Part]) -> None:
+def _update(one: Task, parts: list[Part], found_inf: Tensor | None) -> None:
     number = {"step": float(one.count + 1)} if "step" in keywords(one.rule.update) else {}
-    for call in [parts] if parts[0].found_inf is None else [[part] for part in parts]:
-        slots = {name: [part.slots[name] for part in call] for name in call[0].slots}
-        weights, gradients = [part.w for part in call], [part.g for part in call]
-        one.rule.update(weights, gradients, one.h, one.lr, call[0].found_inf, slots=slots, **number)
+    slots = {name: [part.slots[name] for part in parts] for name in parts[0].slots}
+    weights, gradients = [part.w for part in parts], [part.g for part in parts]
+    one.rule.update(weights, gradients, one.h, one.lr, found_inf, slots=slots, **number)

@@ -137,6 +137,11 @@ class ZooOptimizer(torch.optim.Optimizer):
         """Whether `update`, where there is one, is for these options, and for a parameter on the host or elsewhere."""
         return True
 
+    @staticmethod
+    def takes_narrow(p: Tensor) -> bool:
+        """Whether `update` takes weights like this one as they are, though they are narrower than the computation."""
+        return False
+
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
         """Where a parameter goes. Asked at construction and whenever options, members or `period` change."""
         return Route(type(self), h)

@@ -15,13 +15,14 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether the step goes the CPU's way, where reading a tensor costs nothing.
+    """Whether the step goes the CPU's way, where reading a tensor costs nothing."""
+    return device_type(tensor) == "cpu"
 
-    A fake tensor goes the way of the device that its mode stands for, so that what is planned is what will be run.
-    """
-    if isinstance(tensor, FakeTensor) and getattr(tensor.fake_mode, "stands_for", "cpu") != "cpu":
-        return False
-    return tensor.device.type == "cpu"
+
+def device_type(tensor: Tensor) -> str:
+    """Where it is; a fake tensor's is the device that its mode stands for, so that what is planned is what is run."""
+    meant = getattr(tensor.fake_mode, "stands_for", "cpu") if isinstance(tensor, FakeTensor) else "cpu"
+    return tensor.device.type if meant == "cpu" else meant
 
 
 def piece_size(tensor: Tensor, size: int) -> int:

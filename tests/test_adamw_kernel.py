@@ -1,0 +1,191 @@
+"""AdamW's kernel for devices, run by Triton's interpreter: its arithmetic, its flags, where it takes over."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optimzoo
+from optimzoo.core import AdamW
+from optimzoo.functional import adamw_kernel
+from tests.cases import give_gradients, go_the_devices_way, same
+
+triton = pytest.importorskip("triton", reason="Triton is made for Linux alone")
+
+SHAPES = [(5,), (33, 47), (1,), (3 * adamw_kernel.CHUNK + 7,), (adamw_kernel.CHUNK,), (2, 3, 4)]
+BETAS, EPS = (0.8, 0.95), 1e-6
+
+
+def lists(w_dtype: torch.dtype, g_dtype: torch.dtype, offset: int = 0) -> list[list[Tensor]]:
+    """Weights, gradients and averages; `offset` elements behind an address that a device reads vectors from."""
+
+    def one(shape: tuple[int, ...], dtype: torch.dtype, positive: bool) -> Tensor:
+        n = torch.Size(shape).numel()
+        line = torch.rand(n + offset) if positive else torch.randn(n + offset)
+        return line.to(dtype)[offset:].view(shape)
+
+    kinds = [(w_dtype, False), (g_dtype, False), (torch.float32, False), (torch.float32, True)]
+    return [[one(shape, dtype, positive) for shape in SHAPES] for dtype, positive in kinds]
+
+
+def exactly(w, g, m, v, t, lr, weight_decay, maximize) -> tuple[Tensor, ...]:
+    w, g, m, v = (x.double() for x in (w, -g if maximize else g, m, v))
+    m = BETAS[0] * m + (1 - BETAS[0]) * g
+    v = BETAS[1] * v + (1 - BETAS[1]) * g**2
+    u = m / (1 - BETAS[0] ** t) / ((v / (1 - BETAS[1] ** t)).sqrt() + EPS)
+    return (1 - lr * weight_decay) * w - lr * u, m, v
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    ("w_dtype", "g_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_steps_as_written_down_in_float64(w_dtype, g_dtype, as_tensor, offset, checked, maximize):
+    kinds = lists(w_dtype, g_dtype, offset)
+    before = [[t.clone() for t in tensors] for tensors in kinds]
+    steps = [torch.tensor(float(1 + 700 * i)) for i in range(len(SHAPES))]
+    found_inf = torch.tensor([0.0, 1, 0, 0, 1, 0]) if checked else None
+    lr = torch.tensor(0.01) if as_tensor else 0.01
+    options = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.3, "maximize": maximize}
+    adamw_kernel.step_(*kinds, steps, found_inf, **options)
+    assert same(kinds[1], before[1]), "gradients are not written"
+    ulp = {torch.float32: 2e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[
+        w_dtype
+    ]  # the interpreter cuts bfloat16 off
+    for i, step in enumerate(steps):
+        old = [tensors[i] for tensors in before]
+        new = [kinds[kind][i] for kind in (0, 2, 3)]
+        if checked and found_inf[i]:
+            assert same(new, [old[0], *old[2:]])
+            continue
+        wanted = exactly(*old, step.item(), 0.01, 0.3, maximize)
+        for got, want, digits in zip(new, wanted, (ulp, 2e-7, 2e-7), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2 * digits, atol=2 * digits)
+        assert not torch.equal(new[0], old[0])
+
+
+def test_nothing_beside_the_tensors_is_written():
+    kinds = lists(torch.float32, torch.float32)
+    around = [[torch.full((t.numel() + 64,), 7.0) for t in tensors] for tensors in kinds]
+    inner = [
+        [a[32:-32].copy_(t.view(-1)) for a, t in zip(*pair, strict=True)] for pair in zip(around, kinds, strict=True)
+    ]
+    numbers = {"lr": 0.1, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "maximize": False}
+    adamw_kernel.step_(*inner, [torch.ones(())] * len(SHAPES), None, **numbers)
+    for tensors in around:
+        assert all((a[:32] == 7).all() and (a[-32:] == 7).all() for a in tensors)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_device_with_it_steps_as_one_without(dtype, poisoned, monkeypatch):
+    """The optimizer by the kernel, in one call, and by PyTorch's; float64 is PyTorch's in any case."""
+    assert adamw_kernel._works(torch.device("cpu"))  # tries it
+    calls, step_ = [], adamw_kernel.step_
+    monkeypatch.setattr(
+        adamw_kernel, "step_", lambda ws, *rest, **more: calls.append(len(ws)) or step_(ws, *rest, **more)
+    )
+    found = []
+    for device in ("cuda", "xpu"):
+        go_the_devices_way(monkeypatch, device)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 16), nn.LayerNorm(16), nn.Linear(16, 24)).to(dtype)
+        opt = AdamW(model, lr=1e-2, weight_decay=0.1)
+        for number in range(4):
+            give_gradients(model.parameters(), number)
+            if poisoned and number in (0, 2):
+                model[0].weight.grad[0, 0] = float("inf")
+            opt.step()
+        averages = [t for slots in opt.state.values() for t in slots.values()]
+        found.append(([*model.parameters(), *averages], opt.skipped()))
+    (ours, skipped), (theirs, also) = found
+    assert sum(calls) == (0 if dtype == torch.float64 else 4 * 6)
+    assert len(calls) in (0, 8)  # two groups, decayed and not
+    assert skipped == also == ({"0.weight": 2} if poisoned else {})
+    digits = 2**-9 if dtype == torch.float16 else 1e-6
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=digits, atol=digits)
+
+
+def test_a_captured_step_is_pytorchs(monkeypatch):
+    """A replay would read the table of addresses from where the host had it once."""
+    go_the_devices_way(monkeypatch, "cuda")
+    w = nn.Parameter(torch.ones(8, 8))
+    opt = AdamW([("w", w)], lr=torch.tensor(0.1))
+    w.grad = torch.ones(8, 8)
+    opt.step()
+    for module in ("adamw", "optimizer"):
+        monkeypatch.setattr(f"optimzoo.core.{module}.capturing", lambda: True)
+    monkeypatch.setattr(adamw_kernel, "step_", None)
+    before = w.detach().clone()
+    opt.step()
+    assert not torch.equal(w, before)
+
+
+def test_where_it_cannot_be_made_pytorchs_steps_and_it_is_said_once(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C compiler\nand more")
+
+    go_the_devices_way(monkeypatch, "cuda")
+    monkeypatch.setattr(adamw_kernel, "step_", broken)
+    adamw_kernel._works.cache_clear()
+    w = nn.Parameter(torch.ones(8, 8))
+    opt = AdamW([("w", w)])
+    w.grad = torch.ones(8, 8)
+    try:
+        with pytest.warns(RuntimeWarning, match="Triton does not work there: no C compiler$"):
+            opt.step()
+        assert not torch.equal(w, torch.ones(8, 8))
+        opt.step()
+    finally:
+        adamw_kernel._works.cache_clear()
+
+
+COMPILE = """
+import itertools
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from optimzoo.functional import adamw_kernel
+from optimzoo.functional.triton_adamw import step_some
+
+given = {"table": "*i64", "numbers": "*fp32", "found_inf": "*fp32", "count": "i32"}
+given |= dict.fromkeys(["one_minus_beta1", "beta2", "one_minus_beta2", "eps"], "fp32")
+sizes = {"levels": 7, "columns": adamw_kernel.COLUMNS, "chunk": adamw_kernel.CHUNK, "tile": adamw_kernel.TILE}
+types = [(tl.float32, tl.float32), (tl.bfloat16, tl.bfloat16), (tl.bfloat16, tl.float32), (tl.float16, tl.float16)]
+for (w, g), aligned in itertools.product(types, (True, False)):
+    fixed = {"checked": True, "maximize": False, "aligned": aligned, "w_type": w, "g_type": g, **sizes}
+    constants = {(step_some.arg_names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(step_some, given | dict.fromkeys(fixed, "constexpr"), constants)
+    made = compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    assert ("ld.global.v4.b32" in made) == ("st.global.v4.b32" in made) == aligned, (w, g, aligned)
+print("compiled")
+"""
+
+
+def test_compiles_and_reads_several_elements_at_once(tmp_path):
+    """For a GPU that need not be there, without the interpreter."""
+    surroundings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "compiled\n", done.stderr
+
+
+def test_plans_for_cuda_know_that_narrow_weights_need_no_copies():
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6))).bfloat16()
+    assert optimzoo.plan(model, AdamW, device="cuda").workspace < 6 * 256
+    assert optimzoo.plan(model, AdamW, device="xpu").workspace > 6 * 256 * 256
