@@ -6,6 +6,7 @@ averages as narrow as the weights. Written in Triton, which PyTorch brings along
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def available(p: Tensor) -> bool:
     """Whether weights like this one can step so: on a CUDA device that Triton works on."""
-    return device_type(p) == "cuda" and p.dtype in DTYPES and (not has_values(p) or _works(p.device))
+    return device_type(p) == "cuda" and p.dtype in DTYPES and (not has_values(p) or _works(p.device, p.dtype))
 
 
 def step_(
@@ -95,19 +96,24 @@ def _table(*kinds: list[Tensor]) -> tuple[Tensor, int, bool]:
 
 
 @functools.cache
-def _works(device: torch.device) -> bool:
-    """Whether a kernel can be made there, tried once."""
-    w, g, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
-    number = torch.ones((), device=device)
-    some = {"lr": 0.0, "eps": 1e-8, "weight_decay": 0.0}
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be made there and is right: tried once, before the first step, as kinds of devices differ.
+
+    On two weights of 1, one of them flagged: the other decays to 0.75 and goes down by 0.5.
+    """
+    w, g = torch.ones(2, device=device, dtype=dtype), torch.ones(2, device=device, dtype=dtype)
+    averages = [list(torch.ones(2, device=device).split(1)) for _ in range(2)]
+    steps, found_inf = list(torch.ones(2, device=device).unbind()), torch.arange(2.0, device=device)
+    lists: list[Any] = [list(w.split(1)), list(g.split(1)), *averages, steps, found_inf]
     try:
-        step_([w], [g], [exp_avg], [exp_avg_sq], [number], None, betas=(0.9, 0.999), maximize=False, **some)
+        step_(*lists, lr=0.5, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.5, maximize=False)
+        reason = "" if w.tolist() == [0.25, 1] else f"its step of 1 ends at {w.tolist()}, not at [0.25, 1]"
     except Exception as error:  # no Triton, no compiler for its launcher, a device that it does not know
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if reason:
         warnings.warn(
             f"AdamW steps each parameter by a call of its own on {device}, as Triton does not work there: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return False
-    return True
+    return not reason
