@@ -124,6 +124,21 @@ def test_a_plan_for_a_device_knows_the_stacks(case, monkeypatch):
     assert plan.workspace == pytest.approx(max(peaks), rel=0.01, abs=64)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_slots_that_a_rule_leaves_alone_are_not_written(mode, monkeypatch):
+    go_the_devices_way(monkeypatch)
+    written, write = [], stacks._write
+    monkeypatch.setattr(stacks, "_write", lambda *args: written.append(args) or write(*args))
+    named = [(f"w{i}", nn.Parameter(torch.randn(8, 6))) for i in range(3)]
+    opt = FRUGAL(named)
+    for number in range(2):  # the first step draws, each for itself
+        give_gradients([p for _, p in named], number)
+        with mode():
+            opt.step()
+    assert len(written) == (2 if mode is torch.no_grad else 3)  # both averages, and the part where nothing is known
+    assert all(opt.state[p]["exp_avg"].any() for _, p in named)
+
+
 def test_what_draws_by_chance_or_is_counted_steps_alone(monkeypatch):
     go_the_devices_way(monkeypatch)
     stepped, step = [], stacks.step

@@ -139,7 +139,7 @@ def _in_place(task: Task) -> bool:
     if rule.refresh is not None and rule.due(task.count, h):
         return False
     dtype = compute_dtype(p.dtype)
-    if not widens(task) and not g.dtype == p.dtype == dtype:
+    if not g.dtype == p.dtype == dtype and not widens(task):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False

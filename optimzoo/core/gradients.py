@@ -21,7 +21,7 @@ def check_gradient(p: Tensor, name: str) -> None:
     g = p.grad
     if g is None:
         return
-    if p.device.type == "meta":
+    if p.is_meta:
         raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
     if g.layout is not torch.strided:
         raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
@@ -73,8 +73,10 @@ def _on_devices(members: list["Member"]) -> dict[Tensor, bool | Tensor | None]:
     """The answers for whole gradients that are not on the host, by few kernels for all of them."""
     alike: dict[tuple, dict[Tensor, Tensor]] = defaultdict(dict)
     for m in members:
+        if on_host(m.p) or shards.is_sharded(m.p):
+            continue
         p, g, rule, check = m.p, m.p.grad, m.route.rule, m.route.h.check_finite
-        if g is not None and g.numel() and _asks(m) and not on_host(p) and not shards.is_sharded(p):
+        if g is not None and g.numel() and _asks(m):
             alike[g.device, g.dtype, compute_dtype(g.dtype), rule.skips_zero, check][p] = g
     found: dict[Tensor, bool | Tensor | None] = {}
     for (device, _, dtype, skips_zero, check), gradients in alike.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,7 +21,9 @@ SMALL = 4096  # elements below which a slot that is not shaped like its paramete
 
 
 def is_sharded(t: Any) -> "TypeGuard[DTensor]":
-    """Whether the tensor is a DTensor, asked without importing what nobody uses."""
+    """Whether the tensor is a DTensor, asked without importing what nobody uses, and many times in a step."""
+    if type(t) is Parameter or type(t) is Tensor:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 

@@ -61,10 +61,14 @@ def step(tasks: list[Task]) -> None:
     first = first_stage(rule)
     slots = {n: _stacked([task.state[n] for task in tasks]) for n in keywords(first) if n in one.state and n != "step"}
     number = {"step": _numbers(tasks, g.ndim)} if "step" in keywords(first) else {}
+    filled = {name: _version(opened) for name, opened in slots.items()}
     u = first(g, weights[0].expand(g.shape), h, **slots, **number)
     del g
     for name in list(slots):
-        _write(slots.pop(name), [task.state[name] for task in tasks], ok)
+        opened = slots.pop(name)
+        if filled[name] is None or _version(opened) != filled[name]:  # a rule leaves the places of its part alone, say
+            _write(opened, [task.state[name] for task in tasks], ok)
+        del opened
     if rule.prepare is not None:
         x, *kept = u
         u = rule.conclude(rule.products(h)(x), h, *kept)
@@ -98,6 +102,11 @@ def _stacked(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     out = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype or tensors[0].dtype, device=tensors[0].device)
     torch._foreach_copy_(out.unbind(), tensors)
     return out
+
+
+def _version(t: Tensor) -> int | None:
+    """A number that every change raises; None where torch keeps none."""
+    return None if t.is_inference() else t._version
 
 
 def _write(opened: Tensor, slots: list[Tensor], ok: Tensor | None) -> None:

@@ -16,7 +16,7 @@ def has_values(tensor: Tensor) -> bool:
 
 def on_host(tensor: Tensor) -> bool:
     """Whether the step goes the CPU's way, where reading a tensor costs nothing."""
-    return device_type(tensor) == "cpu"
+    return device_type(tensor) == "cpu" if isinstance(tensor, FakeTensor) else tensor.is_cpu
 
 
 def device_type(tensor: Tensor) -> str:
