@@ -28,8 +28,9 @@ class AdamW(ZooOptimizer):
     """Adam with decoupled weight decay; remembers two averages of each parameter's shape and a counter.
 
     The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where the state is wide and weights are
-    not rounded by chance one kernel does the step. On CUDA that is our own, without workspace; elsewhere PyTorch's, of
-    float32 weights without workspace but for the end of a tensor of odd length, of narrower ones on wide copies.
+    not rounded by chance one kernel does the step. On CUDA that is our own, without workspace, but for float64 and in
+    captured steps; elsewhere PyTorch's, of float32 weights without workspace but for the end of a tensor of odd length,
+    of narrower ones on wide copies of some of them.
     """
 
     lr: float = hyper(1e-3, ge=0, doc="step size")
@@ -53,9 +54,9 @@ class AdamW(ZooOptimizer):
         return adam_direction(g, exp_avg, exp_avg_sq, step, h.betas, h.eps)
 
     @staticmethod
-    def takes_narrow(p: Tensor) -> bool:
+    def own_kernel(w: Tensor, g: Tensor) -> bool:
         # In a graph's replay the host's table of addresses would be whatever stands in its place by then.
-        return not capturing() and adamw_kernel.available(p)
+        return adamw_kernel.fits(w, g) and not capturing() and adamw_kernel.works(w)
 
     @staticmethod
     def update(
@@ -69,7 +70,7 @@ class AdamW(ZooOptimizer):
     ) -> None:
         averages = slots["exp_avg"], slots["exp_avg_sq"]
         options: dict[str, Any] = {"eps": h.eps, "weight_decay": h.weight_decay, "maximize": h.maximize}
-        if AdamW.takes_narrow(ws[0]):
+        if AdamW.own_kernel(ws[0], gs[0]):
             adamw_kernel.step_(ws, gs, *averages, slots["step"], found_inf, lr=lr, betas=h.betas, **options)
             return
         if found_inf is not None and len(ws) > 1:  # PyTorch's kernel takes one flag a call

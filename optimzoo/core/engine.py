@@ -68,7 +68,8 @@ def run(
             if shared:
                 step_gathered(task)
             else:
-                lists[key].append(task)
+                kinds = type(task.member.p), type(task.g), task.g.is_neg()  # some of which a kernel could not read
+                lists[*key, kinds].append(task)
         elif route.rule.prepare is not None and shared:
             step_stacked([task], 0)
         elif route.rule.prepare is None and spread:

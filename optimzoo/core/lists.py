@@ -29,9 +29,10 @@ class Part(NamedTuple):
 def step_list(batch: list[Task]) -> None:
     """`update` on parameters of one kind."""
     one, ok = batch[0], stacks.usable(batch)
+    as_they_are = one.rule.own_kernel(one.member.p, one.g) or not widens(one)  # the first time this may raise
     stacks.count(batch, ok)
     found_inf = None if ok is None else (~ok).to(torch.float32)
-    if widens(one) and not one.rule.takes_narrow(one.member.p):
+    if not as_they_are:
         p, flags = one.member.p, [None] * len(batch) if found_inf is None else found_inf.unbind()
         each = 2 * compute_dtype(p.dtype).itemsize + 1  # bytes of an element's copies, and some for flags
         room = PIECE if on_host(p) else stacks.DEVICE_ROOM // each  # elements

@@ -8,7 +8,8 @@ what `conclude` makes a direction of.
 What a rule promises:
 
 1. `slots(shape, h)` is pure and depends on the shape and the options only.
-2. `direction`, `refresh` and `prepare` change their slots in place and never rebind them; no other stage does.
+2. `direction`, `refresh` and `prepare` change their slots in place, by operations of PyTorch, and never rebind them; no
+   other stage does.
 3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
    its values); what `direction` returns is a tensor of its own. `products` uses up what it is given.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
@@ -138,8 +139,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         return True
 
     @staticmethod
-    def takes_narrow(p: Tensor) -> bool:
-        """Whether `update` takes weights like this one as they are, though they are narrower than the computation."""
+    def own_kernel(w: Tensor, g: Tensor) -> bool:
+        """Whether `update` steps weights like this one by a kernel of its own, which takes narrow ones as they are."""
         return False
 
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:

@@ -105,7 +105,7 @@ def _stacked(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _version(t: Tensor) -> int | None:
-    """A number that every change raises; None where torch keeps none."""
+    """A number that every operation of PyTorch which writes into t raises; None where none is kept."""
     return None if t.is_inference() else t._version
 
 

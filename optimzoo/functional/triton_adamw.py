@@ -10,20 +10,27 @@ import triton.language as tl
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "top"])
 def step_some(
     table,
-    numbers,
     found_inf,
+    lr,
     count,
+    top,
+    beta1,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
+    log_beta1,
+    log_beta1_rest,
+    log_beta2,
+    log_beta2_rest,
     eps,
+    weight_decay,
+    levels,
     checked: tl.constexpr,
+    lr_is_tensor: tl.constexpr,
     maximize: tl.constexpr,
-    aligned: tl.constexpr,
-    levels: tl.constexpr,
     columns: tl.constexpr,
     chunk: tl.constexpr,
     tile: tl.constexpr,
@@ -33,33 +40,40 @@ def step_some(
     """A chunk of one tensor: of which the table says, (count, columns), as `adamw_kernel` writes it."""
     program = tl.program_id(0).to(tl.int64)
     which = program * 0
-    for level in tl.static_range(levels):  # the last tensor whose first program is not behind this one
-        probe = which + (1 << (levels - 1 - level))
-        first = tl.load(table + probe * columns + columns - 1, mask=probe < count, other=1 << 62)
+    for level in range(levels):  # the last tensor whose first program is not behind this one
+        probe = which + (top >> level)
+        first = tl.load(table + probe * columns + 6, mask=probe < count, other=1 << 62)
         which = tl.where(first <= program, probe, which)
     row = table + which * columns
     step = True
     if checked:
         step = tl.load(found_inf + which) == 0
     if step:
-        size = tl.load(numbers + which)
-        root = tl.load(numbers + count + which)
-        keep = tl.load(numbers + 2 * count + which)
+        # A power of 0.999 needs the digits of float64, numbers from the host are float32.
+        t = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
+        one = 1 - tl.exp2(t * log_beta1 + t * log_beta1_rest)
+        two = 1 - tl.exp2(t * log_beta2 + t * log_beta2_rest)
+        rate = lr
+        if lr_is_tensor:
+            rate = tl.load(lr).to(tl.float32)
+        size, root = (rate / one).to(tl.float32), (1 / tl.sqrt(two)).to(tl.float32)
+        decay = rate * weight_decay
         w_base = tl.load(row).to(tl.pointer_type(w_type))
         g_base = tl.load(row + 1).to(tl.pointer_type(g_type))
         m_base = tl.load(row + 2).to(tl.pointer_type(tl.float32))
         v_base = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        if aligned:
-            w_base = tl.multiple_of(w_base, 16)
-            g_base = tl.multiple_of(g_base, 16)
-            m_base = tl.multiple_of(m_base, 16)
-            v_base = tl.multiple_of(v_base, 16)
-        start = tl.multiple_of((program - tl.load(row + 5)) * chunk, chunk)
-        left = tl.load(row + 4) - start
+        aligned = tl.load(row + 7) != 0
+        # Loaded once more, as the promise about an address would hold wherever it is used.
+        w_vectors = tl.multiple_of(tl.load(row).to(tl.pointer_type(w_type)), 16)
+        g_vectors = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(g_type)), 16)
+        m_vectors = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
+        v_vectors = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+        start = tl.multiple_of((program - tl.load(row + 6)) * chunk, chunk)
+        left = tl.load(row + 5) - start
         for offset in range(0, chunk, tile):
             at = start + offset + tl.arange(0, tile)
-            w_at, g_at, m_at, v_at = w_base + at, g_base + at, m_base + at, v_base + at
-            if offset + tile <= left:  # without a mask, several elements are one access
+            if aligned & (offset + tile <= left):  # without a mask several elements are one access
+                w_at, g_at, m_at, v_at = w_vectors + at, g_vectors + at, m_vectors + at, v_vectors + at
                 _tile(
                     w_at,
                     g_at,
@@ -68,7 +82,8 @@ def step_some(
                     None,
                     size,
                     root,
-                    keep,
+                    decay,
+                    beta1,
                     one_minus_beta1,
                     beta2,
                     one_minus_beta2,
@@ -76,7 +91,7 @@ def step_some(
                     maximize,
                 )
             elif offset < left:
-                inside = at < start + left
+                w_at, g_at, m_at, v_at, inside = w_base + at, g_base + at, m_base + at, v_base + at, at < start + left
                 _tile(
                     w_at,
                     g_at,
@@ -85,7 +100,8 @@ def step_some(
                     inside,
                     size,
                     root,
-                    keep,
+                    decay,
+                    beta1,
                     one_minus_beta1,
                     beta2,
                     one_minus_beta2,
@@ -95,14 +111,16 @@ def step_some(
 
 
 @triton.jit
-def _tile(w_at, g_at, m_at, v_at, inside, size, root, keep, one_minus_beta1, beta2, one_minus_beta2, eps, maximize):
-    g = tl.load(g_at, mask=inside).to(tl.float32)
+def _tile(
+    w_at, g_at, m_at, v_at, inside, size, root, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, maximize
+):
+    g, w = tl.load(g_at, mask=inside).to(tl.float32), tl.load(w_at, mask=inside).to(tl.float32)
+    m, v = tl.load(m_at, mask=inside), tl.load(v_at, mask=inside)
     if maximize:
         g = -g
-    m, v, w = tl.load(m_at, mask=inside), tl.load(v_at, mask=inside), tl.load(w_at, mask=inside).to(tl.float32)
-    m += one_minus_beta1 * (g - m)
+    m = tl.where(beta1 > 0.5, m + one_minus_beta1 * (g - m), g - beta1 * (g - m))  # as lerp: exactly g where beta1 is 0
     v = beta2 * v + one_minus_beta2 * g * g
-    w = w * keep - size * m / (tl.sqrt_rn(v) * root + eps)
+    w -= decay * w + size * m / (tl.sqrt_rn(v) * root + eps)
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
     tl.store(w_at, w.to(w_at.dtype.element_ty), mask=inside)

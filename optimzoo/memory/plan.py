@@ -100,7 +100,7 @@ def plan(
     for name, value in (("accumulate", accumulate), ("world_size", world_size)):
         if value < 1:
             raise ValueError(f"plan: {name}={value} must be at least 1")
-    mode = StandIn(device or device_of(model))
+    mode = StandIn(torch.device(device).type if device else device_of(model))
     with torch.enable_grad(), mode, Timeline(world_size) as timeline:
         fake = fake_model(model, mode)
         if convert is not None:
