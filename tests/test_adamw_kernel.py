@@ -96,6 +96,21 @@ def test_betas_at_their_ends_and_averages_of_other_sizes_than_gradients(betas, s
     torch.testing.assert_close(w.double(), (1 - 1e-7) - 1e-3 * u, rtol=2e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 33])
+def test_every_element_of_any_number_of_tensors_steps_once(count):
+    """By its own tensor's flag and number: searched for in a table."""
+    chunk, tile = adamw_kernel.CHUNK, adamw_kernel.TILE
+    sizes = [(0, 1, tile + 5, chunk - 1, chunk, chunk + 1, 2 * chunk + 3, tile)[i * 5 % 8] for i in range(count)]
+    kinds = [[torch.ones(size) for size in sizes] for _ in range(4)]
+    steps = [torch.tensor(float(i + 1)) for i in range(count)]
+    found_inf = torch.tensor([float(i % 3 == 1) for i in range(count)])
+    numbers = {"lr": 0.5, "betas": (0.5, 0.0), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    adamw_kernel.step_(*kinds, steps, found_inf, **numbers)
+    for i, w in enumerate(kinds[0]):
+        wanted = 1.0 if i % 3 == 1 else 1 - 0.5 / (1 - 0.5 ** (i + 1))
+        assert torch.allclose(w, torch.full_like(w, wanted), atol=1e-6), i
+
+
 def test_nothing_beside_the_tensors_is_written():
     kinds = lists(torch.float32, torch.float32)
     around = [[torch.full((t.numel() + 64,), 7.0) for t in tensors] for tensors in kinds]
@@ -252,7 +267,7 @@ from triton.compiler import ASTSource
 from optimzoo.functional import adamw_kernel
 from optimzoo.functional.triton_adamw import step_some
 
-given = {"table": "*i64", "found_inf": "*fp32", "count": "i32", "top": "i32", "levels": "i32"}
+given = {"table": "*i64", "found_inf": "*fp32", "count": "i32", "top": "i32"}
 rest = "beta1 one_minus_beta1 beta2 one_minus_beta2 log_beta1 log_beta1_rest log_beta2 log_beta2_rest eps weight_decay"
 given |= dict.fromkeys(rest.split(), "fp32")
 sizes = {"columns": adamw_kernel.COLUMNS, "chunk": adamw_kernel.CHUNK, "tile": adamw_kernel.TILE}

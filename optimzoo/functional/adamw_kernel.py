@@ -76,19 +76,17 @@ def step_(
         return
     from optimzoo.functional.triton_adamw import TYPES, step_some
 
-    levels = max(1, (len(ws) - 1).bit_length())
     with torch.cuda.device_of(table):
         step_some[(programs,)](
             table,
             table if found_inf is None else found_inf,
             lr.to(table.device) if isinstance(lr, Tensor) else float(lr),
             len(ws),
-            1 << (levels - 1),
+            1 << (len(ws) - 1).bit_length() >> 1,  # where a search among them begins
             *(number for beta in betas for number in (float(beta), 1.0 - beta)),
             *(number for beta in betas for number in _log2(beta)),
             float(eps),
             float(weight_decay),
-            levels,
             checked=found_inf is not None,
             lr_is_tensor=isinstance(lr, Tensor),
             maximize=maximize,

@@ -27,7 +27,6 @@ def step_some(
     log_beta2_rest,
     eps,
     weight_decay,
-    levels,
     checked: tl.constexpr,
     lr_is_tensor: tl.constexpr,
     maximize: tl.constexpr,
@@ -40,10 +39,11 @@ def step_some(
     """A chunk of one tensor: of which the table says, (count, columns), as `adamw_kernel` writes it."""
     program = tl.program_id(0).to(tl.int64)
     which = program * 0
-    for level in range(levels):  # the last tensor whose first program is not behind this one
-        probe = which + (top >> level)
+    while top > 0:  # the last tensor whose first program is not behind this one
+        probe = which + top
         first = tl.load(table + probe * columns + 6, mask=probe < count, other=1 << 62)
         which = tl.where(first <= program, probe, which)
+        top = top >> 1
     row = table + which * columns
     step = True
     if checked:
