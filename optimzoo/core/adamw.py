@@ -28,9 +28,9 @@ class AdamW(ZooOptimizer):
     """Adam with decoupled weight decay; remembers two averages of each parameter's shape and a counter.
 
     The arithmetic is `torch.optim.AdamW`'s, and so are the names of the state. Where the state is wide and weights are
-    not rounded by chance one kernel does the step. On CUDA that is our own, without workspace, but for float64 and in
-    captured steps; elsewhere PyTorch's, of float32 weights without workspace but for the end of a tensor of odd length,
-    of narrower ones on wide copies of some of them.
+    not rounded by chance one kernel does the step. On CUDA that is our own, without workspace, but for float64, for
+    subclasses and in captured steps; elsewhere PyTorch's, of float32 weights without workspace but for the end of a
+    tensor of odd length, of narrower ones on wide copies of some of them.
     """
 
     lr: float = hyper(1e-3, ge=0, doc="step size")
@@ -56,7 +56,7 @@ class AdamW(ZooOptimizer):
     @staticmethod
     def own_kernel(w: Tensor, g: Tensor) -> bool:
         # In a graph's replay the host's table of addresses would be whatever stands in its place by then.
-        return adamw_kernel.fits(w, g) and not capturing() and adamw_kernel.works(w)
+        return not on_host(w) and not capturing() and adamw_kernel.works(w) and adamw_kernel.fits(w, g)
 
     @staticmethod
     def update(

@@ -68,8 +68,9 @@ def run(
             if shared:
                 step_gathered(task)
             else:
-                kinds = type(task.member.p), type(task.g), task.g.is_neg()  # some of which a kernel could not read
-                lists[*key, kinds].append(task)
+                pair = task.member.p, task.g
+                kinds = [(type(t), t.is_neg()) for t in pair]  # some of which a kernel could not read
+                lists[*key, *kinds].append(task)
         elif route.rule.prepare is not None and shared:
             step_stacked([task], 0)
         elif route.rule.prepare is None and spread:
@@ -145,4 +146,5 @@ def _in_place(task: Task) -> bool:
     if not (p.is_contiguous() and g.is_contiguous()):
         return False
     # Indices are int32.
-    return all(t.dtype in (dtype, torch.int32) for name, t in task.state.items() if name != "step")
+    slots = [t for name, t in task.state.items() if name != "step"]
+    return all(t.dtype in (dtype, torch.int32) and t.is_contiguous() for t in slots)

@@ -24,32 +24,31 @@ COLUMNS = 8  # of the table: five addresses, elements, the number of the first p
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, Parameter, FakeTensor)  # what others keep is not at their address
 
-_told: set[tuple[torch.device, torch.dtype]] = set()
-
-
-def fits(w: Tensor, g: Tensor) -> bool:
-    """Whether the kernel is written for a weight and a gradient like these: plain ones on CUDA, at most float32."""
-    if device_type(w) != "cuda" or w.dtype not in DTYPES or g.dtype not in DTYPES:
-        return False
-    return type(w) in PLAIN and type(g) in PLAIN and not g.is_neg()
+_told: set[torch.device] = set()
 
 
 def works(w: Tensor) -> bool:
-    """Whether it works where w is, tried before the first step there; if not, that is said once, in a warning.
+    """Whether w is on a CUDA device where the kernel works: tried before the first step, and said once where not.
 
     Where there are no values it is taken to: plans are made on other machines.
     """
-    if not has_values(w):
-        return True
-    reason, where = _fault(w.device, w.dtype), (w.device, w.dtype)
-    if reason and where not in _told:
-        _told.add(where)
+    if device_type(w) != "cuda":
+        return False
+    reason = _fault(w.device) if has_values(w) else ""
+    if reason and w.device not in _told:
+        _told.add(w.device)
         warnings.warn(
             f"AdamW steps each parameter by a call of its own on {w.device}, as Triton does not work there: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )
     return not reason
+
+
+def fits(w: Tensor, g: Tensor) -> bool:
+    """Whether it is written for a weight and a gradient like these: plain ones, and at most float32."""
+    plain = type(w) in PLAIN and type(g) in PLAIN and not (w.is_neg() or g.is_neg())
+    return plain and w.dtype in DTYPES and g.dtype in DTYPES
 
 
 def step_(
@@ -100,6 +99,7 @@ def step_(
     increment_version([*ws, *exp_avgs, *exp_avg_sqs])  # for autograd, which cannot see what is written
 
 
+@functools.cache
 def _log2(beta: float) -> tuple[float, float]:
     """A logarithm as the sum of two float32; for 0, whose powers are 0, one that is low enough."""
     exact = math.log2(beta) if beta else -2000.0
@@ -125,28 +125,32 @@ def _table(ws: list[Tensor], *others: list[Tensor]) -> tuple[Tensor, int]:
 
 
 @functools.cache
-def _fault(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernel is not to be used there: it is tried on ones, of which the first half go to 0.25 and others stay.
+def _fault(device: torch.device) -> str:
+    """Why the kernel is not to be used there, "" where it may: kinds of devices differ, and tests see none of them.
 
-    An element decays by a quarter and goes down by a half. Kinds of devices differ, and tests see one.
+    It is tried on three weights of 1, of which the second is flagged and the third misaligned: the first and the third
+    decay by a quarter and go down by a half, and their averages of 1 become those of a gradient of 2.
     """
-    shape = (2, TILE + VECTOR)  # with and without a mask
-    options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-    w, g = torch.ones(shape, **options).to(dtype), torch.ones(shape, **options).to(dtype)
-    exp_avg, exp_avg_sq = torch.ones(shape, **options), torch.ones(shape, **options)
-    lists: list[Any] = [list(t.unbind()) for t in (w, g, exp_avg, exp_avg_sq, torch.ones(2, **options))]
-    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    size, mode = TILE + VECTOR, torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     try:
         if mode:
             torch.cuda.set_sync_debug_mode(0)  # of what is read below
-        lists.append(torch.arange(2, **options))
-        step_(*lists, lr=0.5, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.5, maximize=False)
-        ends = [float(end) for t in w for end in t.float().aminmax()]
-        right = all(abs(end - wanted) < 0.01 for end, wanted in zip(ends, (0.25, 0.25, 1, 1), strict=True))
-        return "" if right else f"a step from 1 to 0.25, and none, ended in {ends}"
-    except torch.OutOfMemoryError:
-        raise
+        ones = torch.ones(3 * size + 1, device=device, dtype=torch.float32)
+        found_inf = torch.tensor([0, 1, 0], device=device, dtype=torch.float32)
+        for dtype in DTYPES:
+            lines = ones.to(dtype, copy=True), ones.mul(2).to(dtype), ones.clone(), ones.clone()
+            ws, gs, *averages = ([t[:size], t[size : 2 * size], t[2 * size + 1 :]] for t in lines)
+            lists: Any = ws, gs, *averages, [*ones[:3].clone()], found_inf
+            step_(*lists, lr=0.5, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.5, maximize=False)
+            for found, wanted in zip((ws, *averages), (0.25, 2, 4), strict=True):
+                ends = [float(end) for t in found for end in t.float().aminmax()]
+                right = (wanted, wanted, 1, 1, wanted, wanted)
+                if any(abs(end - to) > 0.01 for end, to in zip(ends, right, strict=True)):
+                    return f"what was 1 ends at {ends} with {dtype}, and not at {wanted}, 1, {wanted}"
+        return ""
     except Exception as error:  # no Triton, no compiler for its launcher, a device that it does not know
+        if "out of memory" in str(error):  # which says nothing of the kernel
+            raise
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     finally:
         if mode:

@@ -63,7 +63,7 @@ def step_some(
         m_base = tl.load(row + 2).to(tl.pointer_type(tl.float32))
         v_base = tl.load(row + 3).to(tl.pointer_type(tl.float32))
         aligned = tl.load(row + 7) != 0
-        # Loaded once more, as the promise about an address would hold wherever it is used.
+        # Pointers of their own: what is promised of one holds wherever it is used.
         w_vectors = tl.multiple_of(tl.load(row).to(tl.pointer_type(w_type)), 16)
         g_vectors = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(g_type)), 16)
         m_vectors = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
@@ -118,9 +118,15 @@ def _tile(
     m, v = tl.load(m_at, mask=inside), tl.load(v_at, mask=inside)
     if maximize:
         g = -g
-    m = tl.where(beta1 > 0.5, m + one_minus_beta1 * (g - m), g - beta1 * (g - m))  # as lerp: exactly g where beta1 is 0
-    v = beta2 * v + one_minus_beta2 * g * g
+    m = _lerp(m, g, beta1, one_minus_beta1)
+    v = _lerp(v, g * g, beta2, one_minus_beta2)
     w -= decay * w + size * m / (tl.sqrt_rn(v) * root + eps)
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
     tl.store(w_at, w.to(w_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _lerp(old, new, beta, one_minus_beta):
+    # The one keeps a constant as it is, however near 1 beta is; the other is exactly `new` where beta is 0.
+    return tl.where(beta > 0.5, old + one_minus_beta * (new - old), new - beta * (new - old))
