@@ -57,7 +57,7 @@ def run(
             continue
         if isinstance(ok, Tensor):
             unknown.append((member.name, ok))
-        g = torch.zeros_like(p) if g is None else g  # other ranks have some rows of it
+        g = torch.zeros_like(p) if g is None else g.resolve_neg()  # other ranks have some rows of it
         known = None if ok is True else ok
         task = Task(member, g, states[p], lr * route.lr_scale, count, known, extras(p), lost.get(member.name))
         spread = shared = shards.is_sharded(p)
@@ -68,8 +68,7 @@ def run(
             if shared:
                 step_gathered(task)
             else:
-                pair = task.member.p, task.g
-                kinds = [(type(t), t.is_neg()) for t in pair]  # some of which a kernel could not read
+                kinds = type(task.member.p), type(task.g)  # some of which a kernel could not read
                 lists[*key, *kinds].append(task)
         elif route.rule.prepare is not None and shared:
             step_stacked([task], 0)

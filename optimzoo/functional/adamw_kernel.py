@@ -23,6 +23,8 @@ VECTOR = 16  # bytes that a device reads at once where addresses are multiples o
 COLUMNS = 8  # of the table: five addresses, elements, the number of the first program, whether addresses are multiples
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, Parameter, FakeTensor)  # what others keep is not at their address
+POWER_OF_NOTHING = -2000.0  # a logarithm low enough for its powers to be those of 0
+OPTIONS = {"enable_fp_fusion": False}  # else an element's digits would depend on where it lies
 
 _told: set[torch.device] = set()
 
@@ -47,8 +49,7 @@ def works(w: Tensor) -> bool:
 
 def fits(w: Tensor, g: Tensor) -> bool:
     """Whether it is written for a weight and a gradient like these: plain ones, and at most float32."""
-    plain = type(w) in PLAIN and type(g) in PLAIN and not (w.is_neg() or g.is_neg())
-    return plain and w.dtype in DTYPES and g.dtype in DTYPES
+    return all(type(t) in PLAIN and t.dtype in DTYPES for t in (w, g))
 
 
 def step_(
@@ -83,7 +84,7 @@ def step_(
             len(ws),
             1 << (len(ws) - 1).bit_length() >> 1,  # where a search among them begins
             *(number for beta in betas for number in (float(beta), 1.0 - beta)),
-            *(number for beta in betas for number in _log2(beta)),
+            *(math.log2(beta) if beta else POWER_OF_NOTHING for beta in betas),
             float(eps),
             float(weight_decay),
             checked=found_inf is not None,
@@ -94,17 +95,9 @@ def step_(
             tile=TILE,
             w_type=TYPES[ws[0].dtype],
             g_type=TYPES[gs[0].dtype],
-            enable_fp_fusion=False,  # an element's digits would depend on where it lies
+            **OPTIONS,
         )
     increment_version([*ws, *exp_avgs, *exp_avg_sqs])  # for autograd, which cannot see what is written
-
-
-@functools.cache
-def _log2(beta: float) -> tuple[float, float]:
-    """A logarithm as the sum of two float32; for 0, whose powers are 0, one that is low enough."""
-    exact = math.log2(beta) if beta else -2000.0
-    near = torch.tensor(exact, dtype=torch.float32, device="cpu").item()
-    return near, exact - near
 
 
 def _table(ws: list[Tensor], *others: list[Tensor]) -> tuple[Tensor, int]:

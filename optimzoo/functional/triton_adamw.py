@@ -22,9 +22,7 @@ def step_some(
     beta2,
     one_minus_beta2,
     log_beta1,
-    log_beta1_rest,
     log_beta2,
-    log_beta2_rest,
     eps,
     weight_decay,
     checked: tl.constexpr,
@@ -49,10 +47,10 @@ def step_some(
     if checked:
         step = tl.load(found_inf + which) == 0
     if step:
-        # A power of 0.999 needs the digits of float64, numbers from the host are float32.
+        # 1 - 0.999^t needs the digits of float64; of the logarithm float32's do.
         t = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32))).to(tl.float64)
-        one = 1 - tl.exp2(t * log_beta1 + t * log_beta1_rest)
-        two = 1 - tl.exp2(t * log_beta2 + t * log_beta2_rest)
+        one = 1 - tl.exp2(t * log_beta1)
+        two = 1 - tl.exp2(t * log_beta2)
         rate = lr
         if lr_is_tensor:
             rate = tl.load(lr).to(tl.float32)
