@@ -61,9 +61,8 @@ def test_steps_as_written_down_in_float64(w_dtype, g_dtype, lr, offset, checked,
     options = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.3, "maximize": maximize}
     adamw_kernel.step_(*kinds, steps, found_inf, **options)
     assert same(kinds[1], before[1]), "gradients are not written"
-    ulp = {torch.float32: 2e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[
-        w_dtype
-    ]  # the interpreter cuts bfloat16 off
+    # The interpreter cuts bfloat16 off.
+    ulp = {torch.float32: 2e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[w_dtype]
     for i, step in enumerate(steps):
         old = [tensors[i] for tensors in before]
         new = [kinds[kind][i] for kind in (0, 2, 3)]
@@ -79,12 +78,8 @@ def test_steps_as_written_down_in_float64(w_dtype, g_dtype, lr, offset, checked,
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.3, 0.5), (0.5, 0.0), (0.9, 0.99999)])
 @pytest.mark.parametrize("step", [1.0, 2.0, 1e5])
 def test_betas_at_their_ends_and_averages_of_other_sizes_than_gradients(betas, step):
-    w, g, m, v = (
-        torch.tensor([1.0, 1.0, 1.0]),
-        torch.tensor([1e-6, 1e3, 0.0]),
-        torch.tensor([1e3, 1e-6, 0.0]),
-        torch.rand(3),
-    )
+    w, v = torch.ones(3), torch.rand(3)
+    g, m = torch.tensor([1e-6, 1e3, 0.0]), torch.tensor([1e3, 1e-6, 0.0])
     wanted_m, wanted_v = (a.double() for a in (m, v))
     wanted_m = betas[0] * wanted_m + (1 - betas[0]) * g.double()
     wanted_v = betas[1] * wanted_v + (1 - betas[1]) * g.double() ** 2

@@ -56,62 +56,29 @@ def step_some(
             rate = tl.load(lr).to(tl.float32)
         size, root = (rate / one).to(tl.float32), (1 / tl.sqrt(two)).to(tl.float32)
         decay = rate * weight_decay
-        w_base = tl.load(row).to(tl.pointer_type(w_type))
-        g_base = tl.load(row + 1).to(tl.pointer_type(g_type))
-        m_base = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-        v_base = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        aligned = tl.load(row + 7) != 0
+        w_address, g_address, m_address, v_address = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        w_base, g_base = w_address.to(tl.pointer_type(w_type)), g_address.to(tl.pointer_type(g_type))
+        m_base, v_base = m_address.to(tl.pointer_type(tl.float32)), v_address.to(tl.pointer_type(tl.float32))
         # Pointers of their own: what is promised of one holds wherever it is used.
-        w_vectors = tl.multiple_of(tl.load(row).to(tl.pointer_type(w_type)), 16)
-        g_vectors = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(g_type)), 16)
-        m_vectors = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
-        v_vectors = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
+        w_vectors = tl.multiple_of(w_address.to(tl.pointer_type(w_type)), 16)
+        g_vectors = tl.multiple_of(g_address.to(tl.pointer_type(g_type)), 16)
+        m_vectors = tl.multiple_of(m_address.to(tl.pointer_type(tl.float32)), 16)
+        v_vectors = tl.multiple_of(v_address.to(tl.pointer_type(tl.float32)), 16)
+        aligned = tl.load(row + 7) != 0
         start = tl.multiple_of((program - tl.load(row + 6)) * chunk, chunk)
         left = tl.load(row + 5) - start
+        numbers = (size, root, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps)
         for offset in range(0, chunk, tile):
             at = start + offset + tl.arange(0, tile)
             if aligned & (offset + tile <= left):  # without a mask several elements are one access
-                w_at, g_at, m_at, v_at = w_vectors + at, g_vectors + at, m_vectors + at, v_vectors + at
-                _tile(
-                    w_at,
-                    g_at,
-                    m_at,
-                    v_at,
-                    None,
-                    size,
-                    root,
-                    decay,
-                    beta1,
-                    one_minus_beta1,
-                    beta2,
-                    one_minus_beta2,
-                    eps,
-                    maximize,
-                )
+                _tile(w_vectors + at, g_vectors + at, m_vectors + at, v_vectors + at, None, numbers, maximize)
             elif offset < left:
-                w_at, g_at, m_at, v_at, inside = w_base + at, g_base + at, m_base + at, v_base + at, at < start + left
-                _tile(
-                    w_at,
-                    g_at,
-                    m_at,
-                    v_at,
-                    inside,
-                    size,
-                    root,
-                    decay,
-                    beta1,
-                    one_minus_beta1,
-                    beta2,
-                    one_minus_beta2,
-                    eps,
-                    maximize,
-                )
+                _tile(w_base + at, g_base + at, m_base + at, v_base + at, at < start + left, numbers, maximize)
 
 
 @triton.jit
-def _tile(
-    w_at, g_at, m_at, v_at, inside, size, root, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, maximize
-):
+def _tile(w_at, g_at, m_at, v_at, inside, numbers, maximize: tl.constexpr):
+    size, root, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = numbers
     g, w = tl.load(g_at, mask=inside).to(tl.float32), tl.load(w_at, mask=inside).to(tl.float32)
     m, v = tl.load(m_at, mask=inside), tl.load(v_at, mask=inside)
     if maximize:
