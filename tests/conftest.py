@@ -1,6 +1,7 @@
 """One thread a test, so that two workers share two cores; nothing is ever downloaded."""
 
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -12,9 +13,14 @@ import pytest
 import torch
 
 from optimzoo.core import graphs
+from optimzoo.functional import host_kernel
 
 torch.set_num_threads(1)
 graphs.BACKEND = "eager"  # where options are drawn at random, a C++ compiler would take minutes; test_graphs has others
+
+with warnings.catch_warnings():  # where there is no C compiler, not every test with engine="compiled" need say so
+    warnings.simplefilter("ignore")
+    host_kernel.works()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,10 @@ DEFAULTS = (
     "adamw",
     "adamw:check_finite=false",
     "sm3",
+    *(f"{name},engine=compiled" for name in ("frugal:projection=block", "frugal:projection=rows")),
+    "frugal:projection=columns,engine=compiled",
+    "adamw:engine=compiled",
+    "sm3:engine=compiled",
 )
 AGAINST = ("torch.adamw", "torch.muon")
 # Measured, but in no recipe: their runs were not seen to resume bit for bit. heavyball takes gradients away by default.

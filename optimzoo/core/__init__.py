@@ -7,13 +7,15 @@ from optimzoo.core.matrix import MatrixOptimizer
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.release import release_gradients
 from optimzoo.core.routing import Route, param_groups
-from optimzoo.core.slots import Slot
+from optimzoo.core.slots import Lists, Slot, Tensors
 
 __all__ = [
     "AdamW",
+    "Lists",
     "MatrixOptimizer",
     "Route",
     "Slot",
+    "Tensors",
     "ZooOptimizer",
     "hyper",
     "load_dcp",

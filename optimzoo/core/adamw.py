@@ -14,8 +14,8 @@ from torch import Tensor
 from optimzoo.core.capture import capturing
 from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
-from optimzoo.core.slots import Slot
-from optimzoo.functional import adamw_kernel
+from optimzoo.core.slots import Lists, Slot, Tensors
+from optimzoo.functional import adamw_kernel, host_kernel
 from optimzoo.functional.moments import adam_direction
 from optimzoo.functional.slices import on_host
 
@@ -54,20 +54,17 @@ class AdamW(ZooOptimizer):
         return adam_direction(g, exp_avg, exp_avg_sq, step, h.betas, h.eps)
 
     @staticmethod
+    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+        averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], steps)
+        return host_kernel.step_(ws, gs, h, lr, "all", averages)
+
+    @staticmethod
     def own_kernel(w: Tensor, g: Tensor) -> bool:
         # In a graph's replay the host's table of addresses would be whatever stands in its place by then.
         return not on_host(w) and not capturing() and adamw_kernel.works(w) and adamw_kernel.fits(w, g)
 
     @staticmethod
-    def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float | Tensor,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-    ) -> None:
+    def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:
         averages = slots["exp_avg"], slots["exp_avg_sq"]
         options: dict[str, Any] = {"eps": h.eps, "weight_decay": h.weight_decay, "maximize": h.maximize}
         if AdamW.own_kernel(ws[0], gs[0]):

@@ -1,5 +1,6 @@
 """How the parameters of a group are stepped. The way is chosen for each of them:
 
+* a rule's `kernel` where `engine="compiled"` asks for it, on lists of wide weights on a CPU;
 * a rule's own in-place `update` on lists of tensors, or on wide copies of some of them, where dtypes allow it;
 * on a device several of one rule and shape as one tensor, where they are small enough;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimzoo.core import graphs, shards, stacks
+from optimzoo.core import graphs, kernels, shards, stacks
 from optimzoo.core.gradients import admit, admit_together
 from optimzoo.core.lists import step_gathered, step_list, widens
 from optimzoo.core.member import Member, Task
@@ -45,10 +46,15 @@ def run(
     unknown: list[tuple[str, Tensor]] = []
     lists: dict[tuple, list[Task]] = defaultdict(list)
     waiting: dict[tuple, list[Task]] = defaultdict(list)
+    compiled: dict[tuple, list[Task]] = defaultdict(list)
     members = list(members)
     together, largest = admit_together(members), _largest(members)
     for member in members:
         p, g, route = member.p, member.p.grad, member.route
+        if g is not None and kernels.wanted(member, g, states[p], count):
+            task = Task(member, g, states[p], lr * route.lr_scale, count, None, {}, None)
+            compiled[route.rule, route.h, route.lr_scale, route.layout].append(task)
+            continue
         ok = together[p] if p in together else g is not None and admit(g, route.rule, route.h.check_finite)
         if ok is None:
             continue
@@ -81,6 +87,8 @@ def run(
             waiting[alike].append(task)
             if on_host(p) and len(waiting[alike]) == torch.get_num_threads():
                 step_stacked(waiting.pop(alike), largest)  # while the gradients are in caches
+    for batch in compiled.values():
+        skipped += kernels.step(batch)
     for batch in lists.values():
         step_list(batch)
     for batch in waiting.values():

@@ -15,8 +15,10 @@ What a rule promises:
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
    depends on that weight and on gradients and slots, not on other weights.
-6. The direction comes before the learning rate and without weight decay; the engine applies both.
-7. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
+6. `kernel` does the same on a CPU, in plain float32 and on a list, but for weights whose gradient has no finite sum of
+   squares, where `check_finite` asks; it returns which ones it has stepped. Counters are the engine's.
+7. The direction comes before the learning rate and without weight decay; the engine applies both.
+8. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
    axis more before their own, and where these count, `step` (parameters, 1, ...).
 
 In return it sees plain tensors of at least float32, matrices as (out, in) and, unless it is element-wise, whole; and
@@ -77,7 +79,8 @@ class ZooOptimizer(torch.optim.Optimizer):
     engine: str = hyper(
         "auto",
         one_of=("auto", "compiled"),
-        doc="compiled makes one graph of each shape's step, with torch.compile, where that was measured to be faster",
+        doc="compiled steps by a kernel in C (float32 on a CPU) or by a graph of each shape's step, by torch.compile, "
+        "where they were measured to be faster",
     )
 
     paper: ClassVar[str] = ""
@@ -94,6 +97,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     direction: ClassVar[Callable[..., Tensor]]
     refresh: ClassVar[Callable[..., None] | None] = None
     update: ClassVar[Callable[..., None] | None] = None
+    kernel: ClassVar[Callable[..., list[bool]] | None] = None
     prepare: ClassVar[Callable[..., tuple[Tensor, ...]] | None] = None
     products: ClassVar[Any]  # h -> function of a matrix, or of a batch of them
     conclude: ClassVar[Callable[..., Tensor]]
@@ -136,6 +140,11 @@ class ZooOptimizer(torch.optim.Optimizer):
     @staticmethod
     def in_place(h: Any, host: bool) -> bool:
         """Whether `update`, where there is one, is for these options, and for a parameter on the host or elsewhere."""
+        return True
+
+    @staticmethod
+    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
+        """Whether `kernel`, where there is one, is for these options, and for a parameter that rules see so."""
         return True
 
     @staticmethod

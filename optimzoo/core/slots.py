@@ -10,6 +10,10 @@ from torch import Tensor
 COARSE_KINDS = frozenset({"first moment", "second moment"})
 
 
+Tensors = list[Tensor]
+Lists = dict[str, Tensors]  # a slot's name -> that slot of several parameters
+
+
 @dataclass(frozen=True)
 class Slot:
     """One remembered tensor: its shape, its kind (one of `memory.KINDS`), its dtype and how it starts.

@@ -5,20 +5,20 @@ import functools
 import torch
 
 
-@functools.cache
 def batch_is_as_alone(batch: int, shape: tuple[int, ...], dtype: torch.dtype, threads: int) -> bool:
     """Whether on this CPU products of matrices of a shape, lying on their longer side, have the same bits in a batch.
 
     The products are x x^T, k k and k x, where k is square. Long sums of one matrix may be split among threads where
     those of several are not. Which are is the library's business and cannot be asked, so it is tried, once for each
-    shape and number of threads.
+    product and number of threads.
     """
     s, longer = sorted(shape)
-    squared = _tried(batch, s, longer, s, dtype, transposed=True)
-    return squared and all(_tried(batch, s, s, n, dtype, transposed=False) for n in {s, longer})
+    squared = _tried(batch, s, longer, s, dtype, threads, transposed=True)
+    return squared and all(_tried(batch, s, s, n, dtype, threads, transposed=False) for n in {s, longer})
 
 
-def _tried(batch: int, m: int, inner: int, n: int, dtype: torch.dtype, transposed: bool) -> bool:
+@functools.cache
+def _tried(batch: int, m: int, inner: int, n: int, dtype: torch.dtype, threads: int, transposed: bool) -> bool:
     """(m, inner) @ (inner, n), with sums whose terms cancel: each result is what its own order of adding rounded off.
 
     `transposed`: the second factor is laid out in memory as (n, inner).

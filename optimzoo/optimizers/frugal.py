@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core import AdamW, MatrixOptimizer, Route, Slot, hyper
+from optimzoo.core import AdamW, Lists, MatrixOptimizer, Route, Slot, Tensors, hyper
 from optimzoo.core.apply import apply_update
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.member import Member
+from optimzoo.functional import host_kernel
 from optimzoo.functional.directions import stateful_direction, stateless_direction
 from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_low_rank_, step_rows_
 from optimzoo.functional.projection import LOW_RANK, draw_, part_shapes, put_, rest_of, take, whose_turn
@@ -89,23 +90,26 @@ class FRUGAL(MatrixOptimizer):
         return put_(u, part, low, h.projection)
 
     @staticmethod
+    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
+        return h.projection in ("columns", "rows") and h.state_full == "adamw"
+
+    @staticmethod
+    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+        since = [(step - 1) % h.update_gap + 1 for step in steps]
+        averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], since, slots["part"])
+        return host_kernel.step_(ws, gs, h, lr, h.projection, averages, (h.state_free, h.state_free_lr_scale))
+
+    @staticmethod
     def in_place(h: Any, host: bool) -> bool:
         return host and h.projection in (*LOW_RANK, "columns", "rows") and h.state_full == "adamw"
 
     @staticmethod
     def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float | Tensor,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-        step: float,
+        ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists, step: float
     ) -> None:
+        tau = (step - 1) % h.update_gap + 1
         in_basis = partial(step_low_rank_, signed=h.state_free == "sign")
         move = {"columns": step_columns_, "rows": step_rows_}.get(h.projection, in_basis)
-        tau = (step - 1) % h.update_gap + 1
         up = h._replace(weight_decay=0.0)
 
         def part(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ class FRUGAL(MatrixOptimizer):
             return u
 
         rest, change = _stateless_step(h, lr)
-        lists = (ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"])
+        lists = ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"]
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
             move(w, g, chosen, exp_avg, exp_avg_sq, part, rest, change)
 
@@ -173,18 +177,14 @@ class Stateless(MatrixOptimizer):
     def direction(g: Tensor, w: Tensor, h: Any) -> Tensor:
         return stateless_direction(g, h.state_free, h.state_free_lr_scale)
 
+    @staticmethod
+    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+        return host_kernel.step_(ws, gs, h, lr, "none", free=(h.state_free, h.state_free_lr_scale))
+
     in_place = staticmethod(lambda h, host: host)
 
     @staticmethod
-    def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float | Tensor,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-    ) -> None:
+    def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:
         rest, change = _stateless_step(h, lr)
         for w, g in zip(ws, gs, strict=True):
             step_lines_(w, g, rest, change)

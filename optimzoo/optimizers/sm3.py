@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optimzoo.core import Slot, ZooOptimizer, hyper
+from optimzoo.core import Lists, Slot, Tensors, ZooOptimizer, hyper
 from optimzoo.core.hyper import SMALLEST
+from optimzoo.functional import host_kernel
 from optimzoo.functional.cover import sm3_shapes, sm3_step_, sm3_update
 
 
@@ -44,19 +45,20 @@ class SM3(ZooOptimizer):
         return u if momentum is None else u.copy_(momentum.lerp_(u, 1 - h.momentum))
 
     @staticmethod
+    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
+        return len(shape) == 2 and SM3.in_place(h, host=True)
+
+    @staticmethod
+    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+        every = zip(ws, gs, slots["slices"], strict=True)
+        return [host_kernel.sm3_step_(w, g, h, lr, _accumulators(slices, g.shape)) for w, g, slices in every]
+
+    @staticmethod
     def in_place(h: Any, host: bool) -> bool:
         return host and not h.momentum and h.eps <= 1e-30  # the kernel's eps stands outside of the root
 
     @staticmethod
-    def update(
-        ws: list[Tensor],
-        gs: list[Tensor],
-        h: Any,
-        lr: float,
-        found_inf: Tensor | None,
-        *,
-        slots: dict[str, list[Tensor]],
-    ) -> None:
+    def update(ws: Tensors, gs: Tensors, h: Any, lr: float, found_inf: Tensor | None, *, slots: Lists) -> None:
         for w, g, slices in zip(ws, gs, slots["slices"], strict=True):
             sm3_step_(w, g, _accumulators(slices, g.shape), lr, h.weight_decay, h.eps, h.maximize)
 

@@ -1,0 +1,199 @@
+/* Steps of many float32 tensors by one call: what host_kernel.py compiles and calls, and documents.
+ *
+ * A table has a row of 64-bit numbers for each tensor: addresses first, then sizes. All tensors are contiguous. What
+ * becomes of an element is the same wherever it lies and however many threads there are.
+ */
+
+#include <math.h>
+#include <stdint.h>
+
+enum { LINE = 8192, LANES = 32, SEGMENT = 1024, SMALL = 1 << 15 };  /* elements */
+enum { NONE, ALL, ROWS, COLUMNS };                                  /* the part of a tensor that has averages */
+enum { SIGN, GRADIENT, NOTHING };                                   /* the direction of what has none */
+
+typedef struct {
+    float keep;               /* 1 - lr * weight_decay */
+    float up;                 /* -1 where the step is to ascend */
+    float beta1, beta2, eps;  /* of what has averages */
+    float new1, new2;         /* 1 - beta1 and 1 - beta2, to their last digits */
+    float free_size;          /* lr of what has none */
+    int32_t part;
+    int32_t free;   /* the direction of what has none */
+    int32_t check;  /* whether gradients without a finite sum of squares are left out */
+} Options;
+
+typedef struct {
+    int64_t w, g, exp_avg, exp_avg_sq;  /* addresses */
+    int64_t index, chosen;              /* the address of the chosen rows or columns, ascending, and their number */
+    int64_t rows, columns;
+} Step;
+
+typedef struct {
+    float size, root;  /* lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) */
+} Correction;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The one form keeps a constant as it is, however near 1 beta is; the other is exactly `new` where beta is 0. */
+static inline float lerp(float old, float new, float beta, float rest) {
+    return beta > 0.5f ? old + rest * (new - old) : new - beta * (new - old);
+}
+
+static void adamw(float *restrict w, const float *restrict g, float *restrict exp_avg, float *restrict exp_avg_sq,
+                  int64_t n, Options o, Correction c) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = o.up * g[i];
+        float m = lerp(exp_avg[i], x, o.beta1, o.new1), v = lerp(exp_avg_sq[i], x * x, o.beta2, o.new2);
+        exp_avg[i] = m;
+        exp_avg_sq[i] = v;
+        w[i] = w[i] * o.keep - c.size * m / (sqrtf(v) * c.root + o.eps);
+    }
+}
+
+static void stateless(float *restrict w, const float *restrict g, int64_t n, Options o) {
+    const float size = o.up * o.free_size;
+    if (o.free == SIGN)
+        for (int64_t i = 0; i < n; i++) w[i] = w[i] * o.keep - size * ((float)(g[i] > 0) - (float)(g[i] < 0));
+    else if (o.free == GRADIENT)
+        for (int64_t i = 0; i < n; i++) w[i] = w[i] * o.keep - size * g[i];
+    else if (o.keep != 1)
+        for (int64_t i = 0; i < n; i++) w[i] = w[i] * o.keep;
+}
+
+/* The first place in an ascending index that is not below `row`. */
+static int64_t place(const int32_t *index, int64_t chosen, int64_t row) {
+    int64_t low = 0, high = chosen;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (index[middle] < row) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+/* A row of which `chosen` columns have averages: they step in copies, which are put over what the others' rule does. */
+static void some_columns(float *restrict w, const float *restrict g, float *restrict exp_avg,
+                         float *restrict exp_avg_sq, const int32_t *restrict index, int64_t columns, int64_t chosen,
+                         Options o, Correction c) {
+    float some_w[SEGMENT], some_g[SEGMENT];
+    for (int64_t start = 0, first = 0; start < columns; start += SEGMENT) {
+        const int64_t end = least(start + SEGMENT, columns), n = place(index, chosen, end) - first;
+        for (int64_t k = 0; k < n; k++) some_w[k] = w[index[first + k]];
+        for (int64_t k = 0; k < n; k++) some_g[k] = g[index[first + k]];
+        stateless(w + start, g + start, end - start, o);
+        adamw(some_w, some_g, exp_avg + first, exp_avg_sq + first, n, o, c);
+        for (int64_t k = 0; k < n; k++) w[index[first + k]] = some_w[k];
+        first += n;
+    }
+}
+
+static void line(const Step *s, int64_t row, Options o, Correction c) {
+    const int64_t at = row * s->columns, n = s->columns;
+    float *w = (float *)s->w + at, *exp_avg = (float *)s->exp_avg, *exp_avg_sq = (float *)s->exp_avg_sq;
+    const float *g = (const float *)s->g + at;
+    const int32_t *index = (const int32_t *)s->index;
+    if (o.part == COLUMNS) {
+        const int64_t k = row * s->chosen;
+        some_columns(w, g, exp_avg + k, exp_avg_sq + k, index, n, s->chosen, o, c);
+        return;
+    }
+    const int64_t k = place(index, s->chosen, row);
+    if (k < s->chosen && index[k] == row) adamw(w, g, exp_avg + k * n, exp_avg_sq + k * n, n, o, c);
+    else stateless(w, g, n, o);
+}
+
+/* Two halves side by side: a core reads two streams a fifth faster than one. */
+static float squares(const float *g, int64_t n) {
+    const int64_t half = n / 2;
+    const float *other = g + half;
+    float sums[LANES] = {0}, others[LANES] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES)
+        for (int l = 0; l < LANES; l++) {
+            sums[l] += g[i + l] * g[i + l];
+            others[l] += other[i + l] * other[i + l];
+        }
+    for (; i < half; i++) sum += g[i] * g[i] + other[i] * other[i];
+    for (i = 2 * half; i < n; i++) sum += g[i] * g[i];
+    for (int l = 0; l < LANES; l++) sum += sums[l] + others[l];
+    return sum;
+}
+
+/* Inside of a parallel region: whether a gradient may be used. `sum`, 0 before, is its sum of squares afterwards. */
+static int usable(const float *g, int64_t n, float *sum) {
+    float part = 0;
+    #pragma omp for schedule(static) nowait
+    for (int64_t at = 0; at < n; at += LINE) part += squares(g + at, least(LINE, n - at));
+    #pragma omp atomic
+    *sum += part;
+    #pragma omp barrier
+    return isfinite(*sum);
+}
+
+/* AdamW on a part of each tensor, a rule without state on the rest; `sums` are 0 before. */
+void step(const Step *table, const Correction *corrections, float *sums, int64_t tensors, const Options *options,
+          int64_t elements, int threads) {
+    const Options o = *options;
+    #pragma omp parallel num_threads(threads) if (elements > SMALL)
+    for (int64_t t = 0; t < tensors; t++) {
+        const Step *s = table + t;
+        const int64_t size = s->rows * s->columns;
+        if (o.check && !usable((const float *)s->g, size, sums + t)) continue;
+        if (o.part == ROWS || o.part == COLUMNS) {
+            #pragma omp for schedule(static) nowait
+            for (int64_t row = 0; row < s->rows; row++) line(s, row, o, corrections[t]);
+        } else {
+            #pragma omp for schedule(static) nowait
+            for (int64_t at = 0; at < size; at += LINE) {
+                const int64_t n = least(LINE, size - at);
+                float *w = (float *)s->w + at;
+                const float *g = (const float *)s->g + at;
+                if (o.part == NONE) stateless(w, g, n, o);
+                else adamw(w, g, (float *)s->exp_avg + at, (float *)s->exp_avg_sq + at, n, o, corrections[t]);
+            }
+        }
+    }
+}
+
+/* One row of SM3: the smaller of its accumulator and of the column's, plus g^2; returns the largest of them. */
+static float cover(float *restrict w, const float *restrict g, const float *restrict column, float *restrict highest,
+                   int64_t n, float row, Options o) {
+    float most[LANES] = {0}, found = 0;
+    for (int64_t start = 0; start < n; start += LANES) {
+        const int64_t end = least(LANES, n - start);
+        for (int64_t l = 0; l < end; l++) {
+            const int64_t i = start + l;
+            const float x = o.up * g[i], nu = (row < column[i] ? row : column[i]) + x * x;
+            most[l] = nu > most[l] ? nu : most[l];
+            highest[i] = nu > highest[i] ? nu : highest[i];
+            w[i] = w[i] * o.keep - o.free_size * (x / (sqrtf(nu) + o.eps));
+        }
+    }
+    for (int l = 0; l < LANES; l++) found = most[l] > found ? most[l] : found;
+    return found;
+}
+
+/* SM3 on a matrix, with an accumulator for each row and for each column; `room` has a row for each thread. */
+void sm3(float *w, const float *g, float *row, float *column, float *room, float *sum, int64_t rows, int64_t columns,
+         const Options *options, int threads) {
+    #pragma omp parallel num_threads(threads) if (rows * columns > SMALL)
+    if (!options->check || usable(g, rows * columns, sum)) {
+        #pragma omp for schedule(static)
+        for (int thread = 0; thread < threads; thread++) {
+            float *highest = room + thread * columns;
+            const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
+            for (int64_t i = 0; i < columns; i++) highest[i] = 0;
+            for (int64_t r = first; r < last; r++)
+                row[r] = cover(w + r * columns, g + r * columns, column, highest, columns, row[r], *options);
+        }
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < columns; i++) {
+            float most = 0;
+            for (int thread = 0; thread < threads; thread++) {
+                const float other = room[thread * columns + i];
+                most = other > most ? other : most;
+            }
+            column[i] = most;
+        }
+    }
+}

@@ -1,0 +1,169 @@
+"""Steps of any number of float32 tensors on a CPU by one call of a kernel in C: `engine="compiled"`.
+
+What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here. The kernel is compiled when
+it is first asked for, once a process, in less than a second: that needs a C compiler with OpenMP, whose threads are
+PyTorch's. It is called by address, so it takes plain, contiguous tensors only.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+SOURCE = Path(__file__).with_name("host_kernel.c")
+COMPILERS = ("cc", "gcc", "clang")  # without $CC
+# No fused products: with them an element's digits would depend on where in a row it lies.
+FLAGS = (
+    "-std=c99",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+SETS = {  # of instructions, by what PyTorch found this CPU to have
+    "AVX2": ("-mavx2",),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"),
+}
+PARTS = {"none": 0, "all": 1, "rows": 2, "columns": 3}
+FREE = {"sign": 0, "sgd": 1, "none": 2}
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "free_size")),
+        *((name, ctypes.c_int32) for name in ("part", "free", "check")),
+    )
+
+
+class Averages(NamedTuple):
+    """What AdamW has for a part of each tensor, and the number of this step, from 1."""
+
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+    steps: Sequence[float]
+    chosen: Sequence[Tensor] | None = None
+
+
+def works() -> bool:
+    """Whether the kernel could be compiled; where not, the first time warns."""
+    return _library() is not None
+
+
+def reads(t: Tensor) -> bool:
+    """Whether it may be called with this one: plain numbers of 32 bits in a row, in the host's memory."""
+    plain = type(t) in (Tensor, Parameter) and t.is_cpu and not t.is_neg()
+    return plain and t.dtype in (torch.float32, torch.int32) and t.is_contiguous()
+
+
+def step_(
+    ws: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    h: Any,
+    lr: float,
+    part: str,
+    averages: Averages | None = None,
+    free: tuple[str, float] = ("none", 0.0),
+) -> list[bool]:
+    """AdamW on a part of every w, lr * scale times the sign, the gradient ("sgd") or nothing on the rest.
+
+    The part is "none", "all", or of matrices (m, n) the "rows" or "columns" that `averages.chosen` tells, (k,), int32,
+    ascending, with averages (k, n) or (m, k). `free` is the rest's direction and its scale; `h` are the options
+    `weight_decay`, `maximize` and `check_finite`, with averages also `betas` and `eps`. Returns which w were stepped:
+    those whose gradient has a finite sum of squares in float32, or all without the check. No temporaries.
+    """
+    table, corrections, elements = array("q"), array("f"), 0
+    for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
+        chosen = averages.chosen[i] if averages and averages.chosen else None
+        rows, columns = (1, w.numel()) if chosen is None else w.shape
+        places = (0, 0) if averages is None else (averages.exp_avg[i].data_ptr(), averages.exp_avg_sq[i].data_ptr())
+        index = (0, 0) if chosen is None else (chosen.data_ptr(), chosen.numel())
+        table.extend((w.data_ptr(), g.data_ptr(), *places, *index, rows, columns))
+        corrections.extend((0, 0) if averages is None else _corrections(lr, h.betas, averages.steps[i]))
+        elements += w.numel()
+    kind, scale = free
+    how = {"part": PARTS[part], "free": FREE[kind], "free_size": lr * scale}
+    if averages is not None:
+        (beta1, beta2), eps = h.betas, h.eps
+        how |= {"beta1": beta1, "beta2": beta2, "eps": eps, "new1": 1 - beta1, "new2": 1 - beta2}
+    sums = array("f", bytes(4 * len(ws)))
+    _library().step(
+        _at(table), _at(corrections), _at(sums), len(ws), _options(h, lr, **how), elements, torch.get_num_threads()
+    )
+    increment_version([*ws, *averages.exp_avg, *averages.exp_avg_sq] if averages else ws)  # autograd sees no addresses
+    return [math.isfinite(value) for value in sums]
+
+
+def sm3_step_(w: Tensor, g: Tensor, h: Any, lr: float, accumulators: Sequence[Tensor]) -> bool:
+    """`cover.sm3_step_` on a matrix (m, n), by the options `weight_decay`, `eps` and `maximize`.
+
+    Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread.
+    """
+    room, total = torch.empty(torch.get_num_threads(), w.shape[1]), array("f", [0.0])
+    addresses = [t.data_ptr() for t in (w, g, *accumulators, room)]
+    _library().sm3(*addresses, _at(total), *w.shape, _options(h, lr, free_size=lr, eps=math.sqrt(h.eps)), len(room))
+    increment_version([w, *accumulators])
+    return math.isfinite(total[0])
+
+
+def _options(h: Any, lr: float, **others: float) -> Any:
+    shared = {"keep": 1 - lr * h.weight_decay, "up": -1 if h.maximize else 1, "check": h.check_finite}
+    return ctypes.byref(_Options(**shared, **others))
+
+
+def _corrections(lr: float, betas: tuple[float, float], step: float) -> tuple[float, float]:
+    return lr / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
+
+
+def _at(numbers: array) -> int:
+    return numbers.buffer_info()[0]
+
+
+@functools.cache
+def _library() -> Any:
+    """The compiled kernel; None where that failed, which is said once."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="optimzoo-") as folder:
+            path = Path(folder) / "host_kernel.so"  # once it is loaded, nobody needs the file
+            command = [*_compiler(), *FLAGS, *SETS.get(torch.backends.cpu.get_cpu_capability(), ())]
+            subprocess.run([*command, str(SOURCE), "-o", str(path), "-lm"], check=True, capture_output=True, text=True)
+            library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warnings.warn(
+            f"engine='compiled': float32 weights on a CPU step without it, as the kernel was not compiled: {said[0]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.step.argtypes = [*[pointer] * 3, number, pointer, number, ctypes.c_int]
+    library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
+    library.step.restype = library.sm3.restype = None
+    return library
+
+
+def _compiler() -> list[str]:
+    """$CC, as make reads it, or the first one there is."""
+    if given := shlex.split(os.environ.get("CC", "")):
+        return given
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise FileNotFoundError(f"no C compiler: neither $CC nor any of {', '.join(COMPILERS)}")
+    return [found]

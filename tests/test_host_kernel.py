@@ -1,0 +1,269 @@
+"""The kernel in C behind engine="compiled" on a CPU: its arithmetic, what it leaves alone, where it takes over."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+import optimzoo
+from optimzoo.core import AdamW, kernels
+from optimzoo.functional import host_kernel
+from tests.cases import PLAIN, bare, build, same, tiny, train, weights
+
+pytestmark = pytest.mark.skipif(not host_kernel.works(), reason="no C compiler with OpenMP here")
+
+# Lines of 8192 and segments of 1024 elements, threads from 2^15 on, and none at all.
+SHAPES = [(7, 2500), (300, 5), (1, 9), (9, 1), (33, 1024), (40, 1025), (5,), (2, 3, 4), (0, 4), (3, 0)]
+GREATEST = 40  # of gradients
+FRUGAL = {"update_gap": 3, "density": 0.3}
+CASES = {
+    "adamw": ("AdamW", {}),
+    "adamw-betas": ("AdamW", {"betas": (0.0, 0.5), "eps": 1e-3}),
+    "adamw-near-1": ("AdamW", {"betas": (0.5, 0.999999)}),
+    "rows": ("FRUGAL", FRUGAL | {"projection": "rows"}),
+    "rows-sgd": ("FRUGAL", FRUGAL | {"projection": "rows", "state_free": "sgd", "state_free_lr_scale": 0.5}),
+    "columns": ("FRUGAL", FRUGAL | {"projection": "columns"}),
+    "columns-most": ("FRUGAL", FRUGAL | {"projection": "columns", "density": 0.95, "state_free_lr_scale": 0.1}),
+    "columns-none": ("FRUGAL", FRUGAL | {"projection": "columns", "state_free": "none"}),
+    "block": ("Stateless", FRUGAL | {"projection": "block"}),
+    "signs": ("Stateless", {"density": 0.0}),
+    "sm3": ("SM3", {}),
+}
+cases = pytest.mark.parametrize(("rule", "options"), CASES.values(), ids=CASES)
+
+
+@pytest.fixture
+def stepped(monkeypatch) -> list[str]:
+    """The rules whose kernel was called."""
+    called, step = [], kernels.step
+    monkeypatch.setattr(kernels, "step", lambda batch: called.append(batch[0].rule.__name__) or step(batch))
+    return called
+
+
+def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[tuple[str, nn.Parameter]]:
+    generator = torch.Generator().manual_seed(1)
+    numbers = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [(f"w{i}", nn.Parameter(t.to(dtype))) for i, t in enumerate(numbers)]
+
+
+def give(named: list[tuple[str, nn.Parameter]], step: int, poison: float | None = None) -> None:
+    """Gradients, of which one element in the fourth of each five is `poison`."""
+    generator = torch.Generator().manual_seed(step)
+    for i, (_, p) in enumerate(named):
+        g = torch.randn(p.shape, generator=generator) * 10.0 ** (i % 3 - 1)
+        if poison is not None and (step + i) % 5 == 3 and g.numel():
+            g.view(-1)[-1] = poison
+        p.grad = g.to(p.dtype)
+
+
+def optimizer(rule: str, named, **options):
+    """What steps matrices by this rule, and vectors by that rule or by AdamW."""
+    with bare():
+        return getattr(optimzoo, {"Stateless": "FRUGAL"}.get(rule, rule))(named, lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("poison", [None, torch.nan, -torch.inf])
+@cases
+def test_steps_as_pytorch_does_in_float64(rule, options, poison, maximize, stepped):
+    own, exact = parameters(), parameters(torch.float64)
+    shared = {"weight_decay": 0.1, "maximize": maximize, **options}
+    opt, twin = optimizer(rule, own, engine="compiled", **shared), optimizer(rule, exact, **shared)
+    for step in range(8):
+        for named in (own, exact):
+            give(named, step, poison)
+        opt.step()
+        twin.step()
+    for (name, p), (_, q) in zip(own, exact, strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        for key, slot in opt.state[p].items():
+            torch.testing.assert_close(slot.double(), twin.state[q][key].double(), rtol=1e-5, atol=GREATEST * 1e-7)
+    assert opt.skipped() == twin.skipped()
+    assert bool(opt.skipped()) == (poison is not None)
+    assert rule in stepped
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e20])
+@cases
+def test_what_a_bad_gradient_would_change_stays_to_the_bit(rule, options, poison, stepped):
+    """Also where only squares are too large, and where another thread than the first sees it."""
+    named = parameters()
+    opt = optimizer(rule, named, engine="compiled", weight_decay=0.1, **options)
+    for step in range(7):
+        give(named, step)
+        opt.step()
+    held = [t for _, p in named if p.numel() for t in (p, *opt.state[p].values())]
+    before, count = [t.detach().clone() for t in held], len(stepped)
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+        if p.numel():
+            p.grad.view(-1)[p.numel() // 3 * 2] = poison
+    opt.step()
+    assert len(stepped) > count
+    assert same(held, before)
+    assert opt.skipped() == {name: 1 for name, p in named if p.numel()}
+
+
+@cases
+def test_without_the_check_whatever_comes_is_stepped(rule, options):
+    named = parameters()
+    opt = optimizer(rule, named, engine="compiled", check_finite=False, weight_decay=0.1, **options)
+    for step in range(2):
+        give(named, step, poison=1e20)
+        opt.step()
+    assert opt.skipped() == {}
+    for (_, p), (_, before) in zip(named, parameters(), strict=True):
+        assert ((p != before).double().mean() > 0.9) == bool(p.numel())
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@cases
+def test_threads_change_nothing(rule, options, threads, stepped):
+    shapes = [*SHAPES, (513, 301), (3 * 8192 + 7,)]
+    results, before = [], torch.get_num_threads()
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        try:
+            named = parameters(shapes=shapes)
+            opt = optimizer(rule, named, engine="compiled", weight_decay=0.1, **options)
+            for step in range(4):
+                give(named, step)
+                opt.step()
+        finally:
+            torch.set_num_threads(before)
+        results.append([p.detach() for _, p in named] + [t for _, p in named for t in opt.state[p].values()])
+    assert same(*results)
+    assert stepped
+
+
+@pytest.mark.parametrize("cut", [1, 15, 8191, 20000])
+def test_an_elements_digits_do_not_depend_on_its_place(cut):
+    """Weights, in groups of their own or not, and cut or not: shards and release count on it."""
+    n = 3 * 8192 + 7
+    whole, left, right = (parameters(shapes=[(n,)]) for _ in range(3))
+    parts = [("a", nn.Parameter(left[0][1].detach()[:cut].clone())), ("b", nn.Parameter(right[0][1].detach()[cut:]))]
+    one, two = (optimizer("AdamW", named, engine="compiled") for named in (whole, parts))
+    for step in range(3):
+        give(whole, step)
+        g = whole[0][1].grad
+        for (_, p), part in zip(parts, (g[:cut], g[cut:]), strict=True):
+            p.grad = part.clone()
+        one.step()
+        two.step()
+    assert torch.equal(whole[0][1], torch.cat([p for _, p in parts]))
+
+
+def _strided(p: nn.Parameter) -> None:
+    p.grad = torch.randn(*reversed(p.shape)).mT
+
+
+def _negative(p: nn.Parameter) -> None:
+    p.grad = torch.imag(torch.complex(torch.zeros(p.shape), torch.randn(p.shape)).conj())
+
+
+def _ordinary(p: nn.Parameter) -> None:
+    p.grad = torch.randn(p.shape).to(p.dtype)
+
+
+OTHERS = {
+    "float64": (lambda: torch.randn(6, 8, dtype=torch.float64), _ordinary, {}),
+    "bfloat16": (lambda: torch.randn(6, 8, dtype=torch.bfloat16), _ordinary, {"rounding": "stochastic"}),
+    "strided": (lambda: torch.randn(6, 8), _strided, {}),
+    "negative": (lambda: torch.randn(6, 8), _negative, {}),
+    "transposed": (lambda: torch.randn(8, 6).mT, _ordinary, {}),
+}
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "FRUGAL", "SM3"])
+@pytest.mark.parametrize(("make", "gradient", "options"), OTHERS.values(), ids=OTHERS)
+def test_what_it_cannot_read_steps_as_ever(rule, make, gradient, options, stepped):
+    results = []
+    for engine in ("auto", "compiled"):
+        torch.manual_seed(0)
+        p = nn.Parameter(make())
+        opt = optimizer(rule, [("w", p)], engine=engine, **options)
+        for _ in range(3):
+            gradient(p)
+            opt.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-2 if options else 0, atol=0)
+    assert not stepped
+
+
+def test_what_lies_elsewhere_than_at_its_address_is_not_read(stepped):
+    p = nn.Parameter(TwoTensor(torch.ones(3, 4), torch.ones(3, 4)))
+    opt = AdamW([("w", p)], lr=0.1, engine="compiled")
+    p.grad = TwoTensor(torch.ones(3, 4), torch.ones(3, 4))
+    opt.step()
+    assert not stepped
+    torch.testing.assert_close(p.a, torch.full((3, 4), 0.899), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_resumes_and_releases_to_the_bit(name):
+    cls = PLAIN[name]
+    whole, first, second, released = (tiny() for _ in range(4))
+    train(whole, build(cls, whole, engine="compiled"), 0, 8)
+    opt = build(cls, first, engine="compiled")
+    train(first, opt, 0, 5)
+    second.load_state_dict(first.state_dict())
+    resumed = build(cls, second, engine="compiled")
+    resumed.load_state_dict(opt.state_dict())
+    train(second, resumed, 5, 8)
+    assert same(weights(second), weights(whole))
+    opt = build(cls, released, engine="compiled")
+    optimzoo.release_gradients(released, opt)
+    train(released, opt, 0, 8)
+    assert same(weights(released), weights(whole))
+
+
+def test_autograd_sees_that_weights_have_changed():
+    p = nn.Parameter(torch.randn(4, 4))
+    opt = optimizer("AdamW", [("w", p)], engine="compiled")
+    loss = (p * p).sum()
+    give([("w", p)], 0)
+    opt.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():  # what is made here has no version
+        other = optimizer("AdamW", [("w", p)], engine="compiled")
+        other.step()
+
+
+def test_a_schedule_and_numbers_that_change_are_followed():
+    results = []
+    for engine in ("auto", "compiled"):
+        named = parameters()
+        opt = optimizer("AdamW", named, engine=engine)
+        opt.param_groups[0]["lr"] = torch.tensor(0.03)
+        for step in range(4):
+            opt.param_groups[0]["betas"] = (0.8 + 0.01 * step, 0.9)
+            opt.param_groups[0]["lr"].mul_(0.5)
+            give(named, step)
+            opt.step()
+        results.append([p.detach() for _, p in named])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("compiler", ["/no/such", "false", "cc -Dfloat=nothing"])
+def test_without_a_compiler_everything_steps_as_ever_and_one_warning_says_so(compiler, monkeypatch):
+    monkeypatch.setattr(host_kernel, "_library", functools.cache(host_kernel._library.__wrapped__))
+    monkeypatch.setenv("CC", compiler)
+    results = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for engine in ("auto", "compiled"):
+            named = parameters()
+            for rule in ("AdamW", "FRUGAL", "SM3"):
+                opt = optimizer(rule, named, engine=engine)
+                for step in range(3):
+                    give(named, step)
+                    opt.step()
+            results.append([p.detach() for _, p in named])
+    assert same(*results)
+    (warning,) = [w for w in caught if w.category is RuntimeWarning]
+    assert "engine='compiled'" in str(warning.message)
