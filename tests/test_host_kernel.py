@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import optimzoo
-from optimzoo.core import AdamW, kernels
+from optimzoo.core import AdamW, host_lists
 from optimzoo.functional import host_kernel
 from tests.cases import PLAIN, bare, build, same, tiny, train, weights
 
 pytestmark = pytest.mark.skipif(not host_kernel.works(), reason="no C compiler with OpenMP here")
 
 # Lines of 8192 and segments of 1024 elements, threads from 2^15 on, and none at all.
-SHAPES = [(7, 2500), (300, 5), (1, 9), (9, 1), (33, 1024), (40, 1025), (5,), (2, 3, 4), (0, 4), (3, 0)]
+SHAPES = [(7, 2500), (2, 7000), (300, 5), (1, 9), (9, 1), (33, 1024), (40, 1025), (5,), (2, 3, 4), (0, 4), (3, 0)]
 GREATEST = 40  # of gradients
 FRUGAL = {"update_gap": 3, "density": 0.3}
 CASES = {
@@ -38,8 +39,8 @@ cases = pytest.mark.parametrize(("rule", "options"), CASES.values(), ids=CASES)
 @pytest.fixture
 def stepped(monkeypatch) -> list[str]:
     """The rules whose kernel was called."""
-    called, step = [], kernels.step
-    monkeypatch.setattr(kernels, "step", lambda batch: called.append(batch[0].rule.__name__) or step(batch))
+    called, step = [], host_lists._step
+    monkeypatch.setattr(host_lists, "_step", lambda b, *more: called.append(b[0].route.rule.__name__) or step(b, *more))
     return called
 
 
@@ -89,22 +90,28 @@ def test_steps_as_pytorch_does_in_float64(rule, options, poison, maximize, stepp
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e20])
 @cases
 def test_what_a_bad_gradient_would_change_stays_to_the_bit(rule, options, poison, stepped):
-    """Also where only squares are too large, and where another thread than the first sees it."""
-    named = parameters()
+    """Also where only squares are too large, and where the last of many threads sees it."""
+    named, before = parameters(shapes=[*SHAPES, (2000, 100)]), torch.get_num_threads()
     opt = optimizer(rule, named, engine="compiled", weight_decay=0.1, **options)
-    for step in range(7):
-        give(named, step)
-        opt.step()
-    held = [t for _, p in named if p.numel() for t in (p, *opt.state[p].values())]
-    before, count = [t.detach().clone() for t in held], len(stepped)
-    for _, p in named:
-        p.grad = torch.ones_like(p)
-        if p.numel():
-            p.grad.view(-1)[p.numel() // 3 * 2] = poison
-    opt.step()
+    torch.set_num_threads(7)
+    try:
+        for step in range(7):
+            give(named, step)
+            opt.step()
+        held = [t for _, p in named if p.numel() for t in (p, *opt.state[p].values())]
+        kept, count = [t.detach().clone() for t in held], len(stepped)
+        for _, p in named:
+            p.grad = torch.ones_like(p)
+            if p.numel():
+                p.grad.view(-1)[-1] = poison
+        for _ in range(20):
+            opt.step()
+            assert same(held, kept)
+            opt.param_groups[0]["step"] = 7  # no new period
+    finally:
+        torch.set_num_threads(before)
     assert len(stepped) > count
-    assert same(held, before)
-    assert opt.skipped() == {name: 1 for name, p in named if p.numel()}
+    assert opt.skipped() == {name: 20 for name, p in named if p.numel()}
 
 
 @cases
@@ -161,7 +168,7 @@ def _strided(p: nn.Parameter) -> None:
 
 
 def _negative(p: nn.Parameter) -> None:
-    p.grad = torch.imag(torch.complex(torch.zeros(p.shape), torch.randn(p.shape)).conj())
+    p.grad = torch._neg_view(torch.randn(p.shape))
 
 
 def _ordinary(p: nn.Parameter) -> None:
@@ -169,11 +176,11 @@ def _ordinary(p: nn.Parameter) -> None:
 
 
 OTHERS = {
-    "float64": (lambda: torch.randn(6, 8, dtype=torch.float64), _ordinary, {}),
-    "bfloat16": (lambda: torch.randn(6, 8, dtype=torch.bfloat16), _ordinary, {"rounding": "stochastic"}),
-    "strided": (lambda: torch.randn(6, 8), _strided, {}),
-    "negative": (lambda: torch.randn(6, 8), _negative, {}),
-    "transposed": (lambda: torch.randn(8, 6).mT, _ordinary, {}),
+    "float64": (lambda: torch.randn(6, 80, dtype=torch.float64), _ordinary, {}),
+    "bfloat16": (lambda: torch.randn(6, 80, dtype=torch.bfloat16), _ordinary, {"rounding": "stochastic"}),
+    "strided": (lambda: torch.randn(6, 80), _strided, {}),
+    "negative": (lambda: torch.randn(6, 80), _negative, {}),
+    "transposed": (lambda: torch.randn(80, 6).mT, _ordinary, {}),
 }
 
 
@@ -249,10 +256,28 @@ def test_a_schedule_and_numbers_that_change_are_followed():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("compiler", ["/no/such", "false", "cc -Dfloat=nothing"])
-def test_without_a_compiler_everything_steps_as_ever_and_one_warning_says_so(compiler, monkeypatch):
-    monkeypatch.setattr(host_kernel, "_library", functools.cache(host_kernel._library.__wrapped__))
-    monkeypatch.setenv("CC", compiler)
+BROKEN = {
+    "missing": "exit 127",
+    "silent": "exit 1",
+    "blank": "echo >&2; exit 1",
+    "not UTF-8": "printf '\\377\\n' >&2; exit 1",
+    "no output": "exit 0",
+    "not a library": "for last; do :; done; while [ $# -gt 2 ]; do shift; done; echo > $1",
+    "hanging": "sleep 60",
+    "no quotation": None,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_without_a_compiler_everything_steps_as_ever_and_one_warning_says_so(how, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_kernel, "_compiled", functools.cache(host_kernel._compiled.__wrapped__))
+    monkeypatch.setattr(host_kernel, "_told", False)
+    monkeypatch.setattr(host_kernel, "PATIENCE", 0.2)
+    compiler = tmp_path / "compiler"
+    if BROKEN[how] is not None:
+        compiler.write_text(f"#!/bin/sh\n{BROKEN[how]}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler) if BROKEN[how] is not None else "cc '")
     results = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -267,3 +292,89 @@ def test_without_a_compiler_everything_steps_as_ever_and_one_warning_says_so(com
     assert same(*results)
     (warning,) = [w for w in caught if w.category is RuntimeWarning]
     assert "engine='compiled'" in str(warning.message)
+
+
+def test_it_is_compiled_once_by_any_number_of_threads(monkeypatch):
+    called, compiler = [], host_kernel._compiler
+    monkeypatch.setattr(host_kernel, "_compiled", functools.cache(host_kernel._compiled.__wrapped__))
+    monkeypatch.setattr(host_kernel, "_compiler", lambda: called.append(1) or compiler())
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(lambda _: host_kernel.works(), range(6)))
+    assert len(called) == 1
+
+
+def test_what_other_engines_refuse_is_refused():
+    """A checkpoint may hold any numbers where rows or columns are chosen, and a gradient may be anything."""
+    for projection in ("rows", "columns"):
+        for place, wrong in ((0, -100_000), (-1, 80), (1, 3)):  # below, beyond, and more than what follows
+            p = nn.Parameter(torch.randn(80, 80))
+            opt = optimizer("FRUGAL", [("w", p)], projection=projection, engine="compiled")
+            p.grad = torch.randn(80, 80)
+            opt.step()
+            opt.state[p]["part"][place] = wrong if place != 1 else opt.state[p]["part"][2] + wrong
+            before = p.detach().clone()
+            with pytest.raises(IndexError, match=f"not the {projection}"):
+                opt.step()
+            assert torch.equal(p, before)
+    p = nn.Parameter(torch.randn(80, 80))
+    opt = optimizer("FRUGAL", [("w", p)], engine="compiled")
+    p.grad = torch.randn(80, 80)
+    opt.step()
+    p.grad.data = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match=r"[Ss]ize"):
+        opt.step()
+
+
+@pytest.mark.parametrize("shape", [(500, 2), (500, 63)])
+@pytest.mark.parametrize("rule", ["FRUGAL", "SM3"])
+def test_narrow_matrices_are_left_to_pytorch(rule, shape, stepped):
+    named = parameters(shapes=[shape])
+    opt = optimizer(rule, named, engine="compiled")
+    for step in range(3):
+        give(named, step)
+        opt.step()
+    assert not stepped
+
+
+def test_nothing_depends_on_defaults_for_new_tensors():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        named = parameters(shapes=[(300, 4000)])
+        opt = optimizer("SM3", named, engine="compiled")
+        with torch.device("meta"):
+            opt.step()
+        give(named, 0)
+        opt.step()
+        assert named[0][1].isfinite().all()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_zeros_move_nothing_and_a_beta_of_zero_forgets_everything():
+    named = parameters(shapes=[(80, 80)])
+    before = named[0][1].detach().clone()
+    opt = optimizer("SM3", named, engine="compiled")
+    named[0][1].grad = torch.zeros(80, 80)
+    opt.step()
+    assert torch.equal(named[0][1], before)
+    opt = optimizer("AdamW", named, engine="compiled", betas=(0.0, 0.0))
+    for size in (1e15, 1e-15):
+        named[0][1].grad = torch.full((80, 80), size)
+        opt.step()
+    assert (opt.state[named[0][1]]["exp_avg"] == torch.tensor(1e-15)).all()
+
+
+def test_what_is_no_number_stays_in_accumulators_where_nobody_checks():
+    results = []
+    for engine in ("auto", "compiled"):
+        named = parameters(shapes=[(24, 80)])
+        opt = optimizer("SM3", named, engine=engine, check_finite=False)
+        for step in range(3):
+            give(named, step)
+            if step == 1:
+                named[0][1].grad[3, 5] = torch.nan
+            opt.step()
+        results.append((named[0][1].detach(), opt.state[named[0][1]]["slices"]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -54,7 +54,7 @@ class AdamW(ZooOptimizer):
         return adam_direction(g, exp_avg, exp_avg_sq, step, h.betas, h.eps)
 
     @staticmethod
-    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+    def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], steps)
         return host_kernel.step_(ws, gs, h, lr, "all", averages)
 

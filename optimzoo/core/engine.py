@@ -1,6 +1,6 @@
 """How the parameters of a group are stepped. The way is chosen for each of them:
 
-* a rule's `kernel` where `engine="compiled"` asks for it, on lists of wide weights on a CPU;
+* a rule's `host_update` where `engine="compiled"` asks for it, on lists of wide weights on a CPU;
 * a rule's own in-place `update` on lists of tensors, or on wide copies of some of them, where dtypes allow it;
 * on a device several of one rule and shape as one tensor, where they are small enough;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;
@@ -16,9 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimzoo.core import graphs, kernels, shards, stacks
+from optimzoo.core import graphs, host_lists, lists, shards, stacks
 from optimzoo.core.gradients import admit, admit_together
-from optimzoo.core.lists import step_gathered, step_list, widens
 from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import matrix_shape
 from optimzoo.core.steps import step_compiled, step_one, step_stacked
@@ -42,19 +41,17 @@ def run(
     Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
     `count` is the number of steps that the group has completed; `lost` counts updates that rounding swallowed.
     """
-    skipped: list[str] = []
     unknown: list[tuple[str, Tensor]] = []
-    lists: dict[tuple, list[Task]] = defaultdict(list)
+    in_lists: dict[tuple, list[Task]] = defaultdict(list)
     waiting: dict[tuple, list[Task]] = defaultdict(list)
-    compiled: dict[tuple, list[Task]] = defaultdict(list)
-    members = list(members)
+    members, compiled = list(members), [m for m in members if host_lists.wanted(m, states[m.p], count)]
+    if compiled:  # decided before anything moves: a compiler may fail
+        mine = {m.p for m in compiled}
+        members = [m for m in members if m.p not in mine]
+    skipped = host_lists.step(compiled, states, lr, count)
     together, largest = admit_together(members), _largest(members)
     for member in members:
         p, g, route = member.p, member.p.grad, member.route
-        if g is not None and kernels.wanted(member, g, states[p], count):
-            task = Task(member, g, states[p], lr * route.lr_scale, count, None, {}, None)
-            compiled[route.rule, route.h, route.lr_scale, route.layout].append(task)
-            continue
         ok = together[p] if p in together else g is not None and admit(g, route.rule, route.h.check_finite)
         if ok is None:
             continue
@@ -72,10 +69,10 @@ def run(
         key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, g.dtype, p.device)
         if _in_place(task):
             if shared:
-                step_gathered(task)
+                lists.step_gathered(task)
             else:
                 kinds = type(task.member.p), type(task.g)  # some of which a kernel could not read
-                lists[*key, *kinds].append(task)
+                in_lists[*key, *kinds].append(task)
         elif route.rule.prepare is not None and shared:
             step_stacked([task], 0)
         elif route.rule.prepare is None and spread:
@@ -87,10 +84,8 @@ def run(
             waiting[alike].append(task)
             if on_host(p) and len(waiting[alike]) == torch.get_num_threads():
                 step_stacked(waiting.pop(alike), largest)  # while the gradients are in caches
-    for batch in compiled.values():
-        skipped += kernels.step(batch)
-    for batch in lists.values():
-        step_list(batch)
+    for batch in in_lists.values():
+        lists.step_list(batch)
     for batch in waiting.values():
         _step_alike(batch, largest)
     return skipped, unknown
@@ -142,13 +137,11 @@ def _in_place(task: Task) -> bool:
 
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
-    p, g, rule, h = task.member.p, task.g, task.rule, task.h
-    if rule.update is None or not rule.in_place(h, on_host(p)) or task.member.route.layout == "transposed":
-        return False
-    if rule.refresh is not None and rule.due(task.count, h):
+    p, g = task.member.p, task.g
+    if not lists.possible(task.member, task.count):
         return False
     dtype = compute_dtype(p.dtype)
-    if not g.dtype == p.dtype == dtype and not widens(task):
+    if not g.dtype == p.dtype == dtype and not lists.widens(task):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import shards, stacks
-from optimzoo.core.member import Task
+from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import as_matrix
 from optimzoo.core.stages import keywords
 from optimzoo.core.storage import State, compute_dtype
@@ -56,6 +56,14 @@ def step_gathered(task: Task) -> None:
     shards.local(p).copy_(mine)
     for name, t in full.items():
         shards.keep(t, task.state[name])
+
+
+def possible(member: Member, count: int) -> bool:
+    """Whether the rule steps in place, for these options and in this step; a transposed weight is in no list."""
+    p, rule, h = member.p, member.route.rule, member.route.h
+    if rule.update is None or not rule.in_place(h, on_host(p)) or member.route.layout == "transposed":
+        return False
+    return rule.refresh is None or not rule.due(count, h)
 
 
 def widens(task: Task) -> bool:

@@ -15,8 +15,8 @@ What a rule promises:
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
 5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
    depends on that weight and on gradients and slots, not on other weights.
-6. `kernel` does the same on a CPU, in plain float32 and on a list, but for weights whose gradient has no finite sum of
-   squares, where `check_finite` asks; it returns which ones it has stepped. Counters are the engine's.
+6. `host_update` does what `update` does, on a CPU in float32, but for weights whose gradient is not finite, or has
+   squares that are not, where `check_finite` asks; it returns which ones it has stepped. Counters are the engine's.
 7. The direction comes before the learning rate and without weight decay; the engine applies both.
 8. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
    axis more before their own, and where these count, `step` (parameters, 1, ...).
@@ -97,7 +97,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     direction: ClassVar[Callable[..., Tensor]]
     refresh: ClassVar[Callable[..., None] | None] = None
     update: ClassVar[Callable[..., None] | None] = None
-    kernel: ClassVar[Callable[..., list[bool]] | None] = None
+    host_update: ClassVar[Callable[..., list[bool]] | None] = None
     prepare: ClassVar[Callable[..., tuple[Tensor, ...]] | None] = None
     products: ClassVar[Any]  # h -> function of a matrix, or of a batch of them
     conclude: ClassVar[Callable[..., Tensor]]
@@ -143,8 +143,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         return True
 
     @staticmethod
-    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
-        """Whether `kernel`, where there is one, is for these options, and for a parameter that rules see so."""
+    def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
+        """Whether `host_update` is for a parameter that rules see so, where `update` is for these options."""
         return True
 
     @staticmethod

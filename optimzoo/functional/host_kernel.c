@@ -16,10 +16,10 @@ typedef struct {
     float up;                 /* -1 where the step is to ascend */
     float beta1, beta2, eps;  /* of what has averages */
     float new1, new2;         /* 1 - beta1 and 1 - beta2, to their last digits */
-    float free_size;          /* lr of what has none */
+    float rate;               /* lr of what has none, and SM3's */
     int32_t part;
     int32_t free;   /* the direction of what has none */
-    int32_t check;  /* whether gradients without a finite sum of squares are left out */
+    int32_t check;  /* whether gradients are left out in which a number, or the squares of a line, are not finite */
 } Options;
 
 typedef struct {
@@ -51,7 +51,7 @@ static void adamw(float *restrict w, const float *restrict g, float *restrict ex
 }
 
 static void stateless(float *restrict w, const float *restrict g, int64_t n, Options o) {
-    const float size = o.up * o.free_size;
+    const float size = o.up * o.rate;
     if (o.free == SIGN)
         for (int64_t i = 0; i < n; i++) w[i] = w[i] * o.keep - size * ((float)(g[i] > 0) - (float)(g[i] < 0));
     else if (o.free == GRADIENT)
@@ -119,26 +119,41 @@ static float squares(const float *g, int64_t n) {
     return sum;
 }
 
-/* Inside of a parallel region: whether a gradient may be used. `sum`, 0 before, is its sum of squares afterwards. */
-static int usable(const float *g, int64_t n, float *sum) {
-    float part = 0;
+/* Inside of a parallel region, before anybody steps: whether a gradient may be used. `bad` is 0 before. */
+static int usable(const float *g, int64_t n, int32_t *bad) {
     #pragma omp for schedule(static) nowait
-    for (int64_t at = 0; at < n; at += LINE) part += squares(g + at, least(LINE, n - at));
-    #pragma omp atomic
-    *sum += part;
+    for (int64_t at = 0; at < n; at += LINE)
+        if (!isfinite(squares(g + at, least(LINE, n - at)))) {
+            #pragma omp atomic write
+            *bad = 1;
+        }
     #pragma omp barrier
-    return isfinite(*sum);
+    return !*bad;
 }
 
-/* AdamW on a part of each tensor, a rule without state on the rest; `sums` are 0 before. */
-void step(const Step *table, const Correction *corrections, float *sums, int64_t tensors, const Options *options,
-          int64_t elements, int threads) {
+/* Whether an index is what `line` relies on. A checkpoint may hold anything. */
+static int ascends(const int32_t *index, int64_t chosen, int64_t end) {
+    int64_t last = -1;
+    for (int64_t k = 0; k < chosen; k++) {
+        if (index[k] <= last || index[k] >= end) return 0;
+        last = index[k];
+    }
+    return 1;
+}
+
+/* AdamW on a part of each tensor, a rule without state on the rest. `bad`, 0 before, tells which were left alone.
+ * Returns the number of a tensor whose index is none, in which case nothing was done; -1 without one. */
+int64_t step(const Step *table, const Correction *corrections, int32_t *bad, int64_t tensors, const Options *options,
+             int64_t elements, int threads) {
     const Options o = *options;
+    for (int64_t t = 0; t < tensors; t++)
+        if (!ascends((const int32_t *)table[t].index, table[t].chosen, o.part == ROWS ? table[t].rows : table[t].columns))
+            return t;
     #pragma omp parallel num_threads(threads) if (elements > SMALL)
     for (int64_t t = 0; t < tensors; t++) {
         const Step *s = table + t;
         const int64_t size = s->rows * s->columns;
-        if (o.check && !usable((const float *)s->g, size, sums + t)) continue;
+        if (o.check && !usable((const float *)s->g, size, bad + t)) continue;
         if (o.part == ROWS || o.part == COLUMNS) {
             #pragma omp for schedule(static) nowait
             for (int64_t row = 0; row < s->rows; row++) line(s, row, o, corrections[t]);
@@ -153,7 +168,12 @@ void step(const Step *table, const Correction *corrections, float *sums, int64_t
             }
         }
     }
+    return -1;
 }
+
+/* As torch's: what is no number stays. */
+static inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+static inline float smaller(float a, float b) { return b < a || b != b ? b : a; }
 
 /* One row of SM3: the smaller of its accumulator and of the column's, plus g^2; returns the largest of them. */
 static float cover(float *restrict w, const float *restrict g, const float *restrict column, float *restrict highest,
@@ -163,36 +183,32 @@ static float cover(float *restrict w, const float *restrict g, const float *rest
         const int64_t end = least(LANES, n - start);
         for (int64_t l = 0; l < end; l++) {
             const int64_t i = start + l;
-            const float x = o.up * g[i], nu = (row < column[i] ? row : column[i]) + x * x;
-            most[l] = nu > most[l] ? nu : most[l];
-            highest[i] = nu > highest[i] ? nu : highest[i];
-            w[i] = w[i] * o.keep - o.free_size * (x / (sqrtf(nu) + o.eps));
+            const float x = o.up * g[i], nu = smaller(row, column[i]) + x * x;
+            most[l] = larger(most[l], nu);
+            highest[i] = larger(highest[i], nu);
+            w[i] = w[i] * o.keep - o.rate * (x / (sqrtf(nu) + o.eps));
         }
     }
-    for (int l = 0; l < LANES; l++) found = most[l] > found ? most[l] : found;
+    for (int l = 0; l < LANES; l++) found = larger(found, most[l]);
     return found;
 }
 
-/* SM3 on a matrix, with an accumulator for each row and for each column; `room` has a row for each thread. */
-void sm3(float *w, const float *g, float *row, float *column, float *room, float *sum, int64_t rows, int64_t columns,
+/* SM3 on a matrix, with an accumulator for each row and for each column; `room` has a row of zeros for each thread. */
+void sm3(float *w, const float *g, float *row, float *column, float *room, int32_t *bad, int64_t rows, int64_t columns,
          const Options *options, int threads) {
     #pragma omp parallel num_threads(threads) if (rows * columns > SMALL)
-    if (!options->check || usable(g, rows * columns, sum)) {
+    if (!options->check || usable(g, rows * columns, bad)) {
         #pragma omp for schedule(static)
         for (int thread = 0; thread < threads; thread++) {
             float *highest = room + thread * columns;
             const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
-            for (int64_t i = 0; i < columns; i++) highest[i] = 0;
             for (int64_t r = first; r < last; r++)
                 row[r] = cover(w + r * columns, g + r * columns, column, highest, columns, row[r], *options);
         }
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < columns; i++) {
             float most = 0;
-            for (int thread = 0; thread < threads; thread++) {
-                const float other = room[thread * columns + i];
-                most = other > most ? other : most;
-            }
+            for (int thread = 0; thread < threads; thread++) most = larger(most, room[thread * columns + i]);
             column[i] = most;
         }
     }

@@ -1,8 +1,8 @@
 """Steps of any number of float32 tensors on a CPU by one call of a kernel in C: `engine="compiled"`.
 
-What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here. The kernel is compiled when
-it is first asked for, once a process, in less than a second: that needs a C compiler with OpenMP, whose threads are
-PyTorch's. It is called by address, so it takes plain, contiguous tensors only.
+What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here, after the check. The kernel
+is compiled when it is first asked for, once a process, in half a second, which needs a C compiler with OpenMP. It is
+called by address, so it takes plain, contiguous tensors only.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+NARROW = 64  # numbers in a row below which a loop over rows may take longer than PyTorch
 SOURCE = Path(__file__).with_name("host_kernel.c")
 COMPILERS = ("cc", "gcc", "clang")  # without $CC
+PATIENCE = 60  # seconds for one of them
 # No fused products: with them an element's digits would depend on where in a row it lies.
 FLAGS = (
     "-std=c99",
@@ -45,9 +48,13 @@ PARTS = {"none": 0, "all": 1, "rows": 2, "columns": 3}
 FREE = {"sign": 0, "sgd": 1, "none": 2}
 
 
+_lock = threading.Lock()
+_told = False
+
+
 class _Options(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "free_size")),
+        *((name, ctypes.c_float) for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "rate")),
         *((name, ctypes.c_int32) for name in ("part", "free", "check")),
     )
 
@@ -62,14 +69,24 @@ class Averages(NamedTuple):
 
 
 def works() -> bool:
-    """Whether the kernel could be compiled; where not, the first time warns."""
-    return _library() is not None
+    """Whether the kernel could be compiled, which is tried once; where not, the first time warns."""
+    global _told
+    with _lock:
+        fault = _compiled()[1]
+        silent, _told = _told or not fault, True
+    if not silent:
+        warnings.warn(
+            f"engine='compiled': float32 weights on a CPU step without it, as the kernel was not compiled: {fault}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not fault
 
 
-def reads(t: Tensor) -> bool:
-    """Whether it may be called with this one: plain numbers of 32 bits in a row, in the host's memory."""
+def reads(t: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether it may be called with this one: plain numbers in a row, in the host's memory."""
     plain = type(t) in (Tensor, Parameter) and t.is_cpu and not t.is_neg()
-    return plain and t.dtype in (torch.float32, torch.int32) and t.is_contiguous()
+    return plain and t.dtype in dtypes and t.is_contiguous() and (t.data_ptr() != 0 or t.numel() == 0)
 
 
 def step_(
@@ -86,7 +103,8 @@ def step_(
     The part is "none", "all", or of matrices (m, n) the "rows" or "columns" that `averages.chosen` tells, (k,), int32,
     ascending, with averages (k, n) or (m, k). `free` is the rest's direction and its scale; `h` are the options
     `weight_decay`, `maximize` and `check_finite`, with averages also `betas` and `eps`. Returns which w were stepped:
-    those whose gradient has a finite sum of squares in float32, or all without the check. No temporaries.
+    those with a gradient whose squares are finite in float32, 8192 of them added up, or all without the check. No
+    temporaries. Raises IndexError where chosen are not ascending numbers of rows or columns.
     """
     table, corrections, elements = array("q"), array("f"), 0
     for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
@@ -98,28 +116,30 @@ def step_(
         corrections.extend((0, 0) if averages is None else _corrections(lr, h.betas, averages.steps[i]))
         elements += w.numel()
     kind, scale = free
-    how = {"part": PARTS[part], "free": FREE[kind], "free_size": lr * scale}
+    how = {"part": PARTS[part], "free": FREE[kind], "rate": lr * scale}
     if averages is not None:
         (beta1, beta2), eps = h.betas, h.eps
         how |= {"beta1": beta1, "beta2": beta2, "eps": eps, "new1": 1 - beta1, "new2": 1 - beta2}
-    sums = array("f", bytes(4 * len(ws)))
-    _library().step(
-        _at(table), _at(corrections), _at(sums), len(ws), _options(h, lr, **how), elements, torch.get_num_threads()
-    )
+    left, threads = array("i", bytes(4 * len(ws))), torch.get_num_threads()
+    arrays, options = [_at(numbers) for numbers in (table, corrections, left)], _options(h, lr, **how)
+    if (wrong := _compiled()[0].step(*arrays, len(ws), options, elements, threads)) >= 0:
+        raise IndexError(f"not the {part} of a matrix of shape {tuple(ws[wrong].shape)}, ascending: {chosen}")
     increment_version([*ws, *averages.exp_avg, *averages.exp_avg_sq] if averages else ws)  # autograd sees no addresses
-    return [math.isfinite(value) for value in sums]
+    return [not flag for flag in left]
 
 
 def sm3_step_(w: Tensor, g: Tensor, h: Any, lr: float, accumulators: Sequence[Tensor]) -> bool:
-    """`cover.sm3_step_` on a matrix (m, n), by the options `weight_decay`, `eps` and `maximize`.
+    """`cover.sm3_step_` on a matrix (m, n), by the options `weight_decay`, `eps`, `maximize` and `check_finite`.
 
-    Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread.
+    Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread, which is no tensor.
     """
-    room, total = torch.empty(torch.get_num_threads(), w.shape[1]), array("f", [0.0])
-    addresses = [t.data_ptr() for t in (w, g, *accumulators, room)]
-    _library().sm3(*addresses, _at(total), *w.shape, _options(h, lr, free_size=lr, eps=math.sqrt(h.eps)), len(room))
+    threads = torch.get_num_threads()
+    room, left = array("f", bytes(4 * threads * w.shape[1])), array("i", [0])
+    addresses = [t.data_ptr() for t in (w, g, *accumulators)]
+    options = _options(h, lr, rate=lr, eps=math.sqrt(h.eps))
+    _compiled()[0].sm3(*addresses, _at(room), _at(left), *w.shape, options, threads)
     increment_version([w, *accumulators])
-    return math.isfinite(total[0])
+    return not left[0]
 
 
 def _options(h: Any, lr: float, **others: float) -> Any:
@@ -136,27 +156,25 @@ def _at(numbers: array) -> int:
 
 
 @functools.cache
-def _library() -> Any:
-    """The compiled kernel; None where that failed, which is said once."""
+def _compiled() -> tuple[Any, str]:
+    """The kernel as a library, or None and why there is none."""
     try:
         with tempfile.TemporaryDirectory(prefix="optimzoo-") as folder:
             path = Path(folder) / "host_kernel.so"  # once it is loaded, nobody needs the file
             command = [*_compiler(), *FLAGS, *SETS.get(torch.backends.cpu.get_cpu_capability(), ())]
-            subprocess.run([*command, str(SOURCE), "-o", str(path), "-lm"], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(path), "-lm"], capture_output=True, errors="replace", timeout=PATIENCE
+            )
+            if done.returncode:
+                return None, (done.stderr.strip() or f"{command[0]} ended with {done.returncode}").splitlines()[0]
             library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(
-            f"engine='compiled': float32 weights on a CPU step without it, as the kernel was not compiled: {said[0]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.step.argtypes = [*[pointer] * 3, number, pointer, number, ctypes.c_int]
-    library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
-    library.step.restype = library.sm3.restype = None
-    return library
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.step.argtypes = [*[pointer] * 3, number, pointer, number, ctypes.c_int]
+        library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
+        library.step.restype, library.sm3.restype = number, None
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        return None, str(error)
+    return library, ""
 
 
 def _compiler() -> list[str]:

@@ -90,11 +90,11 @@ class FRUGAL(MatrixOptimizer):
         return put_(u, part, low, h.projection)
 
     @staticmethod
-    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
-        return h.projection in ("columns", "rows") and h.state_full == "adamw"
+    def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
+        return h.projection not in LOW_RANK and shape[1] >= host_kernel.NARROW
 
     @staticmethod
-    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+    def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         since = [(step - 1) % h.update_gap + 1 for step in steps]
         averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], since, slots["part"])
         return host_kernel.step_(ws, gs, h, lr, h.projection, averages, (h.state_free, h.state_free_lr_scale))
@@ -178,7 +178,7 @@ class Stateless(MatrixOptimizer):
         return stateless_direction(g, h.state_free, h.state_free_lr_scale)
 
     @staticmethod
-    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+    def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         return host_kernel.step_(ws, gs, h, lr, "none", free=(h.state_free, h.state_free_lr_scale))
 
     in_place = staticmethod(lambda h, host: host)

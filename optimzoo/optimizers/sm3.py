@@ -45,11 +45,11 @@ class SM3(ZooOptimizer):
         return u if momentum is None else u.copy_(momentum.lerp_(u, 1 - h.momentum))
 
     @staticmethod
-    def fits_kernel(shape: tuple[int, ...], h: Any) -> bool:
-        return len(shape) == 2 and SM3.in_place(h, host=True)
+    def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
+        return len(shape) == 2 and shape[1] >= host_kernel.NARROW
 
     @staticmethod
-    def kernel(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
+    def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         every = zip(ws, gs, slots["slices"], strict=True)
         return [host_kernel.sm3_step_(w, g, h, lr, _accumulators(slices, g.shape)) for w, g, slices in every]
 
