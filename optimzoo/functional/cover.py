@@ -2,11 +2,15 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from optimzoo.functional.part_steps import PIECE
+from optimzoo.functional.slices import has_values
 
 TILE = 16  # rows
 
@@ -45,15 +49,39 @@ def sm3_step_(
 ) -> None:
     """`sm3_update`, decay and w -= lr g / (sqrt(nu) + sqrt(eps)), in place; all contiguous, of one dtype, on the host.
 
-    AdaGrad's fused kernel does it in one sweep, on a "sum" that is the cover. Its eps stands outside of the root.
+    AdaGrad's fused kernel does it in one sweep, on a "sum" that is the cover. Its eps stands outside of the root. Of a
+    large matrix the cover is made for some rows at a time.
     """
+    step = partial(_adagrad_, lr=lr, weight_decay=weight_decay, eps=math.sqrt(eps), maximize=maximize)
+    if len(accumulators) == 1:
+        step(w, g, accumulators[0])
+    elif len(accumulators) > 2 or w.numel() <= PIECE:
+        nu = sm3_cover(*accumulators)
+        step(w, g, nu)
+        _remember(nu, accumulators)
+    else:
+        row, column = accumulators
+        _step_matrix_(w, g, row, column, step)
+
+
+def _step_matrix_(w: Tensor, g: Tensor, row: Tensor, column: Tensor, step: Callable[..., None]) -> None:
+    rows = min(w.shape[0], max(TILE, PIECE // w.shape[1] // TILE * TILE))
+    every, highest = range(0, w.shape[0], rows), torch.zeros_like(column)  # nothing squared is below
+    room = w.new_empty(rows, w.shape[1])
+    for start in every if has_values(w) else every[:2]:  # as in `pieces`
+        block = slice(start, start + rows)
+        nu = torch.minimum(row[block], column, out=room[: row[block].shape[0]])
+        step(w[block], g[block], nu)
+        row[block].copy_(nu.amax(1, keepdim=True))
+        torch.maximum(highest, _down(nu), out=highest)
+    column.copy_(highest)
+
+
+def _adagrad_(w: Tensor, g: Tensor, nu: Tensor, *, lr: float, weight_decay: float, eps: float, maximize: bool) -> None:
     if weight_decay:
         w.mul_(1 - lr * weight_decay)
-    nu = accumulators[0] if len(accumulators) == 1 else sm3_cover(*accumulators)
-    how: dict[str, Any] = {"lr": lr, "lr_decay": 0.0, "weight_decay": 0.0, "eps": math.sqrt(eps), "maximize": maximize}
+    how: dict[str, Any] = {"lr": lr, "lr_decay": 0.0, "weight_decay": 0.0, "eps": eps, "maximize": maximize}
     torch._fused_adagrad_([w], [g], [nu], [torch.ones(())], **how)
-    if len(accumulators) > 1:
-        _remember(nu, accumulators)
 
 
 def _remember(nu: Tensor, accumulators: Sequence[Tensor]) -> None:
@@ -61,12 +89,17 @@ def _remember(nu: Tensor, accumulators: Sequence[Tensor]) -> None:
     own = len(accumulators)
     for kept, accumulator in enumerate(accumulators):
         others = [axis - own for axis in range(own) if axis != kept]
-        if not nu.numel():  # a maximum over nothing is an error, and there is nothing to remember
-            continue
-        tall = nu.ndim == 2 and kept == 1 and nu.shape[0] % TILE == 0
-        # Down whole columns every row is another page of memory; a few rows at a time stay in the nearest cache.
-        rows = nu.view(-1, TILE, nu.shape[1]).amax(1) if tall else nu
-        accumulator.copy_(rows.amax(others, keepdim=True))
+        if nu.numel():  # a maximum over nothing is an error, and there is nothing to remember
+            accumulator.copy_(_down(nu) if nu.ndim == 2 and kept == 1 else nu.amax(others, keepdim=True))
+
+
+def _down(nu: Tensor) -> Tensor:
+    """(m, n) -> (1, n): maxima of columns.
+
+    Down whole columns every row is another page of memory; a few rows at a time stay in the nearest cache.
+    """
+    few = nu.view(-1, TILE, nu.shape[1]).amax(1) if nu.shape[0] % TILE == 0 else nu
+    return few.amax(0, keepdim=True)
 
 
 def sm3_sparse_update(g: Tensor, indices: Tensor, row: Tensor, col: Tensor) -> Tensor:
