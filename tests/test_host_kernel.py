@@ -36,6 +36,14 @@ CASES = {
 cases = pytest.mark.parametrize(("rule", "options"), CASES.values(), ids=CASES)
 
 
+NARROW = host_kernel.NARROW
+
+
+@pytest.fixture(autouse=True)
+def _narrow_ones_too(monkeypatch):
+    monkeypatch.setattr(host_kernel, "NARROW", 1)
+
+
 @pytest.fixture
 def stepped(monkeypatch) -> list[str]:
     """The rules whose kernel was called."""
@@ -227,17 +235,20 @@ def test_resumes_and_releases_to_the_bit(name):
     assert same(weights(released), weights(whole))
 
 
-def test_autograd_sees_that_weights_have_changed():
-    p = nn.Parameter(torch.randn(4, 4))
-    opt = optimizer("AdamW", [("w", p)], engine="compiled")
-    loss = (p * p).sum()
-    give([("w", p)], 0)
+@pytest.mark.parametrize("rule", ["AdamW", "FRUGAL", "SM3"])
+def test_autograd_sees_that_weights_have_changed(rule, stepped):
+    named = parameters(shapes=[(80, 80)])
+    p = named[0][1]
+    opt = optimizer(rule, named, engine="compiled")
+    give(named, 0)
+    opt.step()  # FRUGAL's first one chooses
+    loss, count = (p * p).sum(), len(stepped)
     opt.step()
+    assert len(stepped) > count
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with torch.inference_mode():  # what is made here has no version
-        other = optimizer("AdamW", [("w", p)], engine="compiled")
-        other.step()
+        optimizer(rule, named, engine="compiled").step()
 
 
 def test_a_schedule_and_numbers_that_change_are_followed():
@@ -271,7 +282,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_without_a_compiler_everything_steps_as_ever_and_one_warning_says_so(how, monkeypatch, tmp_path):
     monkeypatch.setattr(host_kernel, "_compiled", functools.cache(host_kernel._compiled.__wrapped__))
-    monkeypatch.setattr(host_kernel, "_told", False)
+    monkeypatch.setattr(host_kernel, "_warned", False)
     monkeypatch.setattr(host_kernel, "PATIENCE", 0.2)
     compiler = tmp_path / "compiler"
     if BROKEN[how] is not None:
@@ -303,17 +314,17 @@ def test_it_is_compiled_once_by_any_number_of_threads(monkeypatch):
     assert len(called) == 1
 
 
-def test_what_other_engines_refuse_is_refused():
+def test_nothing_is_read_or_written_beyond_a_tensor():
     """A checkpoint may hold any numbers where rows or columns are chosen, and a gradient may be anything."""
     for projection in ("rows", "columns"):
         for place, wrong in ((0, -100_000), (-1, 80), (1, 3)):  # below, beyond, and more than what follows
-            p = nn.Parameter(torch.randn(80, 80))
-            opt = optimizer("FRUGAL", [("w", p)], projection=projection, engine="compiled")
-            p.grad = torch.randn(80, 80)
+            p, other = (nn.Parameter(torch.randn(size, 80)) for size in (80, 90))
+            opt = optimizer("FRUGAL", [("w", p), ("other", other)], projection=projection, engine="compiled")
+            p.grad, other.grad = torch.randn(80, 80), torch.randn(90, 80)
             opt.step()
             opt.state[p]["part"][place] = wrong if place != 1 else opt.state[p]["part"][2] + wrong
             before = p.detach().clone()
-            with pytest.raises(IndexError, match=f"not the {projection}"):
+            with pytest.raises(IndexError, match=rf"not the {projection} .*\(80, 80\)"):
                 opt.step()
             assert torch.equal(p, before)
     p = nn.Parameter(torch.randn(80, 80))
@@ -325,9 +336,43 @@ def test_what_other_engines_refuse_is_refused():
         opt.step()
 
 
-@pytest.mark.parametrize("shape", [(500, 2), (500, 63)])
+@pytest.mark.parametrize("left", [0, 400])
+def test_a_storage_that_was_freed_is_not_read(left):
+    for start in (0, 100):
+        t = torch.zeros(start + 80 * 80)[start:].view(80, 80)
+        assert host_kernel.reads(t)
+        t.untyped_storage().resize_(left)
+        assert not host_kernel.reads(t)
+
+
+def test_groups_rates_and_a_way_of_ones_own_are_kept():
+    results = []
+    for engine in ("auto", "compiled"):
+        model = tiny(width=80)
+        opt = optimzoo.FRUGAL(model, lr=1e-2, fallback_lr_scale=0.3, update_gap=3, engine=engine)
+        for step in range(5):
+            give([*model.named_parameters()], step)
+            opt.step()
+        results.append(weights(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    class Own(optimzoo.AdamW):
+        @staticmethod
+        def update(ws, gs, h, lr, found_inf, *, slots):
+            ws[0].sub_(1)
+
+    p = nn.Parameter(torch.zeros(3))
+    opt = Own([("w", p)], engine="compiled")
+    p.grad = torch.ones(3)
+    opt.step()
+    assert (p == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(500, 2), (500, 63), (63, 500)])
 @pytest.mark.parametrize("rule", ["FRUGAL", "SM3"])
-def test_narrow_matrices_are_left_to_pytorch(rule, shape, stepped):
+def test_narrow_matrices_are_left_to_pytorch(rule, shape, stepped, monkeypatch):
+    monkeypatch.setattr(host_kernel, "NARROW", NARROW)
     named = parameters(shapes=[shape])
     opt = optimizer(rule, named, engine="compiled")
     for step in range(3):
@@ -340,13 +385,14 @@ def test_nothing_depends_on_defaults_for_new_tensors():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        named = parameters(shapes=[(300, 4000)])
+        named = parameters(shapes=[(300, 4000), (300, 4), (300,)])
+        give(named, 0)
         opt = optimizer("SM3", named, engine="compiled")
         with torch.device("meta"):
             opt.step()
         give(named, 0)
         opt.step()
-        assert named[0][1].isfinite().all()
+        assert all(p.isfinite().all() for _, p in named)
     finally:
         torch.set_default_dtype(before)
 

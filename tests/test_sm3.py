@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optimzoo.functional import cover
+from optimzoo.functional import part_steps
 from optimzoo.functional.cover import sm3_cover, sm3_shapes, sm3_sparse_update, sm3_update
 from optimzoo.memory import Workspace
 from optimzoo.optimizers.sm3 import SM3
@@ -184,21 +184,22 @@ def test_nothing_is_left_to_adamw() -> None:
     assert {row[2] for row in SM3(model).routes()} == {"sm3"}
 
 
-@pytest.mark.parametrize("shape", [(100, 40), (33, 7), (16, 300), (1, 50), (50, 1)])
+@pytest.mark.parametrize("shape", [(100, 40), (33, 7), (16, 300), (1, 50), (50, 1), (100, 200)])
 def test_a_matrix_steps_in_blocks_of_rows_as_in_one(shape, monkeypatch) -> None:
     results = []
-    for piece in (cover.PIECE, 100):
-        monkeypatch.setattr(cover, "PIECE", piece)
+    for piece in (part_steps.PIECE, 100, 2000):
+        monkeypatch.setattr(part_steps, "PIECE", piece)
         p = nn.Parameter(torch.ones(shape))
         opt = SM3([("w", p)], weight_decay=0.1)
         run(p, opt, gradients(shape, 5, torch.float32))
         results.append((p.detach(), opt.state[p]["slices"]))
-    for one, blocks in zip(*results, strict=True):
-        assert torch.equal(one, blocks)
+    for one, *blocks in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in blocks)
 
 
 @pytest.mark.parametrize(
-    ("shape", "most"), [((256, 512), 1.1), ((8, 64, 256), 1.1), ((1 << 17,), 1.1), ((3000, 2000), 0.2)]
+    ("shape", "most"),
+    [((256, 512), 1.1), ((8, 64, 256), 1.1), ((1 << 17,), 1.1), ((3000, 2000), 0.2), ((4, 2_000_000), 0.8)],
 )
 def test_workspace_of_a_step_is_one_tensor_or_a_piece(shape: tuple[int, ...], most: float) -> None:
     p = nn.Parameter(torch.zeros(shape))

@@ -1,6 +1,6 @@
 """How the parameters of a group are stepped. The way is chosen for each of them:
 
-* a rule's `host_update` where `engine="compiled"` asks for it, on lists of wide weights on a CPU;
+* a rule's `host_update` where `engine="compiled"` asks for it, on lists of float32 weights on a CPU;
 * a rule's own in-place `update` on lists of tensors, or on wide copies of some of them, where dtypes allow it;
 * on a device several of one rule and shape as one tensor, where they are small enough;
 * element-wise rules slice by slice, so that workspace does not depend on the largest tensor;

@@ -104,6 +104,8 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "update" in vars(cls) and "host_update" not in vars(cls):
+            cls.host_update = None  # a parent's does what the parent's `update` did
         cls.options = options_of(cls)
         cls.Options = options_type(f"{cls.__name__}Options", cls.options)
         cls.__signature__ = signature(cls.options)  # type: ignore[attr-defined]  # read by inspect and notebooks

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.functional.part_steps import PIECE
+from optimzoo.functional.part_steps import rows_in_piece
 from optimzoo.functional.slices import has_values
 
 TILE = 16  # rows
@@ -55,7 +55,7 @@ def sm3_step_(
     step = partial(_adagrad_, lr=lr, weight_decay=weight_decay, eps=math.sqrt(eps), maximize=maximize)
     if len(accumulators) == 1:
         step(w, g, accumulators[0])
-    elif len(accumulators) > 2 or w.numel() <= PIECE:
+    elif len(accumulators) > 2 or not w.numel() or rows_in_piece(w) == w.shape[0]:
         nu = sm3_cover(*accumulators)
         step(w, g, nu)
         _remember(nu, accumulators)
@@ -65,7 +65,8 @@ def sm3_step_(
 
 
 def _step_matrix_(w: Tensor, g: Tensor, row: Tensor, column: Tensor, step: Callable[..., None]) -> None:
-    rows = min(w.shape[0], max(TILE, PIECE // w.shape[1] // TILE * TILE))
+    rows = rows_in_piece(w)
+    rows -= rows % TILE if rows > TILE else 0
     every, highest = range(0, w.shape[0], rows), torch.zeros_like(column)  # nothing squared is below
     room = w.new_empty(rows, w.shape[1])
     for start in every if has_values(w) else every[:2]:  # as in `pieces`
@@ -80,8 +81,9 @@ def _step_matrix_(w: Tensor, g: Tensor, row: Tensor, column: Tensor, step: Calla
 def _adagrad_(w: Tensor, g: Tensor, nu: Tensor, *, lr: float, weight_decay: float, eps: float, maximize: bool) -> None:
     if weight_decay:
         w.mul_(1 - lr * weight_decay)
+    one = torch.ones((), dtype=torch.float32, device=w.device)
     how: dict[str, Any] = {"lr": lr, "lr_decay": 0.0, "weight_decay": 0.0, "eps": eps, "maximize": maximize}
-    torch._fused_adagrad_([w], [g], [nu], [torch.ones(())], **how)
+    torch._fused_adagrad_([w], [g], [nu], [one], **how)
 
 
 def _remember(nu: Tensor, accumulators: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-NARROW = 64  # numbers in a row below which a loop over rows may take longer than PyTorch
+NARROW = 64  # rows, or numbers in one, below which a loop over rows may take longer than PyTorch
 SOURCE = Path(__file__).with_name("host_kernel.c")
 COMPILERS = ("cc", "gcc", "clang")  # without $CC
 PATIENCE = 60  # seconds for one of them
@@ -49,7 +49,7 @@ FREE = {"sign": 0, "sgd": 1, "none": 2}
 
 
 _lock = threading.Lock()
-_told = False
+_warned = False
 
 
 class _Options(ctypes.Structure):
@@ -70,10 +70,10 @@ class Averages(NamedTuple):
 
 def works() -> bool:
     """Whether the kernel could be compiled, which is tried once; where not, the first time warns."""
-    global _told
+    global _warned
     with _lock:
         fault = _compiled()[1]
-        silent, _told = _told or not fault, True
+        silent, _warned = _warned or not fault, True
     if not silent:
         warnings.warn(
             f"engine='compiled': float32 weights on a CPU step without it, as the kernel was not compiled: {fault}",
@@ -85,8 +85,10 @@ def works() -> bool:
 
 def reads(t: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
     """Whether it may be called with this one: plain numbers in a row, in the host's memory."""
-    plain = type(t) in (Tensor, Parameter) and t.is_cpu and not t.is_neg()
-    return plain and t.dtype in dtypes and t.is_contiguous() and (t.data_ptr() != 0 or t.numel() == 0)
+    if type(t) not in (Tensor, Parameter) or not t.is_cpu or t.is_neg() or t.dtype not in dtypes:
+        return False
+    end = (t.storage_offset() + t.numel()) * t.element_size()  # some free a storage and keep its tensors
+    return t.is_contiguous() and t.untyped_storage().nbytes() >= end
 
 
 def step_(
@@ -120,26 +122,30 @@ def step_(
     if averages is not None:
         (beta1, beta2), eps = h.betas, h.eps
         how |= {"beta1": beta1, "beta2": beta2, "eps": eps, "new1": 1 - beta1, "new2": 1 - beta2}
-    left, threads = array("i", bytes(4 * len(ws))), torch.get_num_threads()
-    arrays, options = [_at(numbers) for numbers in (table, corrections, left)], _options(h, lr, **how)
-    if (wrong := _compiled()[0].step(*arrays, len(ws), options, elements, threads)) >= 0:
-        raise IndexError(f"not the {part} of a matrix of shape {tuple(ws[wrong].shape)}, ascending: {chosen}")
+    bad, threads = array("i", bytes(4 * len(ws))), torch.get_num_threads()
+    arrays, options = [_at(numbers) for numbers in (table, corrections, bad)], _options(h, lr, **how)
+    wrong = _compiled()[0].step(*arrays, len(ws), options, elements, threads)
+    if wrong >= 0 and averages is not None and averages.chosen:
+        index, shape = averages.chosen[wrong], tuple(ws[wrong].shape)
+        raise IndexError(f"not the {part} of a matrix of shape {shape}, ascending: {index}")
     increment_version([*ws, *averages.exp_avg, *averages.exp_avg_sq] if averages else ws)  # autograd sees no addresses
-    return [not flag for flag in left]
+    return [not flag for flag in bad]
 
 
 def sm3_step_(w: Tensor, g: Tensor, h: Any, lr: float, accumulators: Sequence[Tensor]) -> bool:
     """`cover.sm3_step_` on a matrix (m, n), by the options `weight_decay`, `eps`, `maximize` and `check_finite`.
 
-    Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread, which is no tensor.
+    Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread that has one.
     """
-    threads = torch.get_num_threads()
-    room, left = array("f", bytes(4 * threads * w.shape[1])), array("i", [0])
-    addresses = [t.data_ptr() for t in (w, g, *accumulators)]
+    threads = min(torch.get_num_threads(), w.shape[0])
+    room, bad = w.new_zeros(threads, w.shape[1]), array("i", [0])
+    if not reads(room):
+        raise RuntimeError(f"engine='compiled': new tensors have no memory here, but are {type(room).__name__}s")
+    addresses = [t.data_ptr() for t in (w, g, *accumulators, room)]
     options = _options(h, lr, rate=lr, eps=math.sqrt(h.eps))
-    _compiled()[0].sm3(*addresses, _at(room), _at(left), *w.shape, options, threads)
+    _compiled()[0].sm3(*addresses, _at(bad), *w.shape, options, threads)
     increment_version([w, *accumulators])
-    return not left[0]
+    return not bad[0]
 
 
 def _options(h: Any, lr: float, **others: float) -> Any:
@@ -166,7 +172,8 @@ def _compiled() -> tuple[Any, str]:
                 [*command, str(SOURCE), "-o", str(path), "-lm"], capture_output=True, errors="replace", timeout=PATIENCE
             )
             if done.returncode:
-                return None, (done.stderr.strip() or f"{command[0]} ended with {done.returncode}").splitlines()[0]
+                said = done.stderr.strip().splitlines() or [f"{command[0]} ended with {done.returncode}"]
+                return None, next((line for line in said if "error" in line), said[-1])
             library = ctypes.CDLL(str(path))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.step.argtypes = [*[pointer] * 3, number, pointer, number, ctypes.c_int]

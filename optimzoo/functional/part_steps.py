@@ -37,7 +37,7 @@ def step_columns_(
     change: Change,
 ) -> None:
     """`part` on the columns (k,) of w (m, n), whose averages are (m, k); `rest` on the others."""
-    rows, places = _rows(w), columns.long()
+    rows, places = rows_in_piece(w), columns.long()
     room = _room(w, rows * w.shape[1])
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
@@ -61,7 +61,7 @@ def step_rows_(
 
     Without values, which rows are in a piece cannot be asked, so there it is one piece.
     """
-    rows, places = (_rows(w), chosen.tolist()) if has_values(w) else (w.shape[0], [])
+    rows, places = (rows_in_piece(w), chosen.tolist()) if has_values(w) else (w.shape[0], [])
     room = _room(w, rows * w.shape[1])
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
@@ -88,7 +88,7 @@ def step_low_rank_(
     low = g @ basis if right else basis.mT @ g
     unit = noise_unit(g, basis.shape[1]) if signed else None
     direction = part(low, exp_avg, exp_avg_sq)
-    rows = _rows(w)
+    rows = rows_in_piece(w)
     room = _room(w, rows * w.shape[1])
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)
@@ -101,8 +101,8 @@ def step_low_rank_(
         change(w[block], u)
 
 
-def _rows(w: Tensor) -> int:
-    """Rows in a piece."""
+def rows_in_piece(w: Tensor) -> int:
+    """Rows of w (m, n) that are handled at a time."""
     return min(w.shape[0], max(1, PIECE // w.shape[1]))
 
 

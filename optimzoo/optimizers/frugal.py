@@ -91,7 +91,7 @@ class FRUGAL(MatrixOptimizer):
 
     @staticmethod
     def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
-        return h.projection not in LOW_RANK and shape[1] >= host_kernel.NARROW
+        return h.projection not in LOW_RANK and min(shape) >= host_kernel.NARROW
 
     @staticmethod
     def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:

@@ -46,7 +46,7 @@ class SM3(ZooOptimizer):
 
     @staticmethod
     def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
-        return len(shape) == 2 and shape[1] >= host_kernel.NARROW
+        return len(shape) == 2 and min(shape) >= host_kernel.NARROW
 
     @staticmethod
     def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
