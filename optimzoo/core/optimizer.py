@@ -79,7 +79,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     engine: str = hyper(
         "auto",
         one_of=("auto", "compiled"),
-        doc="compiled steps by a kernel in C (float32 on a CPU) or by a graph of each shape's step, by torch.compile, "
+        doc="compiled steps by a kernel in C (float32 on a CPU) or by a graph of each shape's step (torch.compile), "
         "where they were measured to be faster",
     )
 

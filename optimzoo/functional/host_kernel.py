@@ -47,7 +47,6 @@ SETS = {  # of instructions, by what PyTorch found this CPU to have
 PARTS = {"none": 0, "all": 1, "rows": 2, "columns": 3}
 FREE = {"sign": 0, "sgd": 1, "none": 2}
 
-
 _lock = threading.Lock()
 _warned = False
 
@@ -180,7 +179,7 @@ def _compiled() -> tuple[Any, str]:
         library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
         library.step.restype, library.sm3.restype = number, None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        return None, str(error)
+        return None, str(error) or type(error).__name__
     return library, ""
 
 
