@@ -44,11 +44,10 @@ def run(
     unknown: list[tuple[str, Tensor]] = []
     in_lists: dict[tuple, list[Task]] = defaultdict(list)
     waiting: dict[tuple, list[Task]] = defaultdict(list)
-    members, compiled = list(members), [m for m in members if host_lists.wanted(m, states[m.p], count)]
-    if compiled:  # decided before anything moves: a compiler may fail
-        mine = {m.p for m in compiled}
-        members = [m for m in members if m.p not in mine]
-    skipped = host_lists.step(compiled, states, lr, count)
+    members = list(members)
+    compiled = {m.p: m for m in members if host_lists.wanted(m, states[m.p], count)}  # before anything moves
+    members = [m for m in members if m.p not in compiled]
+    skipped = host_lists.step(compiled.values(), states, lr, count)
     together, largest = admit_together(members), _largest(members)
     for member in members:
         p, g, route = member.p, member.p.grad, member.route
