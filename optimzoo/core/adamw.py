@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.capture import capturing
 from optimzoo.core.hyper import SMALLEST, hyper
 from optimzoo.core.optimizer import ZooOptimizer
 from optimzoo.core.slots import Lists, Slot, Tensors
@@ -60,8 +59,7 @@ class AdamW(ZooOptimizer):
 
     @staticmethod
     def own_kernel(w: Tensor, g: Tensor) -> bool:
-        # In a graph's replay the host's table of addresses would be whatever stands in its place by then.
-        return not on_host(w) and not capturing() and adamw_kernel.works(w) and adamw_kernel.fits(w, g)
+        return adamw_kernel.takes(w, g)
 
     @staticmethod
     def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:

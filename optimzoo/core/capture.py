@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from optimzoo.core.member import Member
@@ -33,8 +32,3 @@ def refuse_capture(owner: str, group: dict[str, Any], members: Iterable[Member],
                 f"{where} all replays would round {member.name!r} by the same chance: leave state_dtype and "
                 "rounding='stochastic' out, or step outside of the graph"
             )
-
-
-def capturing() -> bool:
-    """Whether the current stream is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -9,6 +9,7 @@
 * of the last three, with `engine="compiled"`, those that `graphs.wanted` names as a graph.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor
 
 from optimzoo.core import graphs, host_lists, lists, shards, stacks
-from optimzoo.core.gradients import admit, admit_together
+from optimzoo.core.gradients import admit, admit_shared, judge
 from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import matrix_shape
 from optimzoo.core.steps import step_compiled, step_one, step_stacked
 from optimzoo.core.storage import SCALE, State, compute_dtype, is_scale
+from optimzoo.functional.device_kernels import capturing
 from optimzoo.functional.quantize import BLOCK
 from optimzoo.functional.slices import on_host
+
+LIST, ALIKE, ALONE = "list", "alike", "alone"  # ways of a parameter that ranks do not share
 
 Extras = Callable[[Tensor], dict[str, Tensor]]
 
@@ -35,59 +39,106 @@ def run(
     count: int,
     extras: Extras,
     lost: dict[str, Tensor],
-) -> tuple[list[str], list[tuple[str, Tensor]]]:
+) -> tuple[list[str], list[tuple[list[str], Tensor]]]:
     """Step every member that has a gradient.
 
-    Returns the names skipped that the host knows of, and (name, ok) where only the device knows.
+    Returns the names skipped that the host knows of, and (names, verdicts) where only the device knows.
     `count` is the number of steps that the group has completed; `lost` counts updates that rounding swallowed.
     """
-    unknown: list[tuple[str, Tensor]] = []
+    unknown: list[tuple[list[str], Tensor]] = []
     in_lists: dict[tuple, list[Task]] = defaultdict(list)
     waiting: dict[tuple, list[Task]] = defaultdict(list)
+    alone: list[Task] = []
     members = list(members)
     compiled = {m.p: m for m in members if host_lists.wanted(m, states[m.p], count)}  # before anything moves
-    members = [m for m in members if m.p not in compiled]
+    members = [m for m in members if m.p not in compiled] if compiled else members
     skipped = host_lists.step(compiled.values(), states, lr, count)
-    together, largest = admit_together(members), _largest(members)
+    shared, largest, captured = admit_shared(members), _largest(members), capturing()
+    rate = functools.cache(lambda scale: lr * scale)  # where lr is on a device each product is a kernel
     for member in members:
         p, g, route = member.p, member.p.grad, member.route
-        ok = together[p] if p in together else g is not None and admit(g, route.rule, route.h.check_finite)
+        spread, host = shards.is_sharded(p), on_host(p)
+        if spread and p in shared:
+            ok = shared[p]
+        elif g is not None and (host or spread):
+            ok = admit(g, route.rule, route.h.check_finite)
+        else:
+            ok = None if g is None else True  # what is on a device is asked together, below
         if ok is None:
             continue
         if ok is False:
             skipped.append(member.name)
             continue
-        if isinstance(ok, Tensor):
-            unknown.append((member.name, ok))
         g = torch.zeros_like(p) if g is None else g.resolve_neg()  # other ranks have some rows of it
-        known = None if ok is True else ok
-        task = Task(member, g, states[p], lr * route.lr_scale, count, known, extras(p), lost.get(member.name))
-        spread = shared = shards.is_sharded(p)
-        if spread and route.rule.elementwise and _by_rows(task.state, p):
-            task, shared = _on_rows(task), False
-        key = (route.rule, route.h, route.lr_scale, route.layout, p.dtype, g.dtype, p.device)
-        if _in_place(task):
-            if shared:
-                lists.step_gathered(task)
-            else:
-                kinds = type(task.member.p), type(task.g)  # some of which a kernel could not read
-                in_lists[*key, *kinds].append(task)
-        elif route.rule.prepare is not None and shared:
-            step_stacked([task], 0)
-        elif route.rule.prepare is None and spread:
-            step_one(task)
-        elif route.rule.prepare is None and not stacks.possible(task):
+        task = Task(member, g, states[p], rate(route.lr_scale), count, extras(p), lost.get(member.name))
+        if isinstance(ok, Tensor):
+            task.verdicts = ok.view(1)
+            unknown.append(([member.name], task.verdicts))
+        if spread:
+            _step_shared(task, in_lists)
+            continue
+        way, kind = _way(task, captured)
+        if way == LIST:
+            in_lists[kind].append(task)
+        elif way == ALIKE:
+            waiting[kind].append(task)
+            if host and len(waiting[kind]) == torch.get_num_threads():
+                step_stacked(waiting.pop(kind), largest)  # while the gradients are in caches
+        elif host:
             _step_alone(task)
         else:
-            alike = (*key, matrix_shape(p, route.layout))
-            waiting[alike].append(task)
-            if on_host(p) and len(waiting[alike]) == torch.get_num_threads():
-                step_stacked(waiting.pop(alike), largest)  # while the gradients are in caches
+            alone.append(task)
+    batches = (*in_lists.values(), *waiting.values(), *([task] for task in alone))
+    unknown += judge(batch for batch in batches if not on_host(batch[0].member.p))
     for batch in in_lists.values():
         lists.step_list(batch)
     for batch in waiting.values():
         _step_alike(batch, largest)
+    for task in alone:
+        _step_alone(task)
     return skipped, unknown
+
+
+def _step_shared(task: Task, in_lists: dict[tuple, list[Task]]) -> None:
+    """Step a parameter that ranks share, or put this rank's rows of it into a list."""
+    by_rows = task.rule.elementwise and _by_rows(task.state, task.member.p)
+    task = _on_rows(task) if by_rows else task
+    if _in_place(task) and by_rows:
+        in_lists[_kind(task)].append(task)
+    elif _in_place(task):
+        lists.step_gathered(task)
+    elif task.rule.prepare is not None:
+        step_stacked([task], 0)
+    else:
+        step_one(task)
+
+
+def _way(task: Task, captured: bool) -> tuple[str, tuple]:
+    """How a whole parameter is stepped, and what those that go together have in common.
+
+    Finding it takes longer than a small step, so it is kept with the member while all that it depends on is as it was.
+    """
+    member, g = task.member, task.g
+    due = task.rule.refresh is not None and task.rule.due(task.count, task.h)
+    kinds = [(name, t.dtype, t.is_contiguous()) for name, t in (("", member.p), ("", g), *task.state.items())]
+    now = member.route, due, captured, type(g), task.lost is None, kinds
+    if member.memo.get("now") != now:
+        member.memo.update(now=now, way=_found(task))
+    return member.memo["way"]
+
+
+def _found(task: Task) -> tuple[str, tuple]:
+    if _in_place(task):
+        return LIST, _kind(task)
+    if task.rule.prepare is None and not stacks.possible(task):
+        return ALONE, ()
+    return ALIKE, (*_kind(task), matrix_shape(task.member.p, task.member.route.layout))
+
+
+def _kind(task: Task) -> tuple:
+    p, g, route = task.member.p, task.g, task.member.route
+    types = type(p), type(g)  # some of which a kernel could not read
+    return route.rule, route.h, route.lr_scale, route.layout, p.dtype, g.dtype, p.device, *types
 
 
 def _step_alone(task: Task) -> None:
@@ -137,10 +188,10 @@ def _in_place(task: Task) -> bool:
     A kernel would round averages in bfloat16 to nearest, where they stand still.
     """
     p, g = task.member.p, task.g
-    if not lists.possible(task.member, task.count):
+    if not lists.possible(task.member, g, task.count):
         return False
     dtype = compute_dtype(p.dtype)
-    if not g.dtype == p.dtype == dtype and not lists.widens(task):
+    if not g.dtype == p.dtype == dtype and not lists.takes_narrow(task):
         return False
     if not (p.is_contiguous() and g.is_contiguous()):
         return False

@@ -13,7 +13,7 @@ from optimzoo.core.storage import compute_dtype
 from optimzoo.functional.slices import has_values, on_host
 
 if TYPE_CHECKING:
-    from optimzoo.core.member import Member
+    from optimzoo.core.member import Member, Task
 
 
 def check_gradient(p: Tensor, name: str) -> None:
@@ -25,7 +25,7 @@ def check_gradient(p: Tensor, name: str) -> None:
         raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
     if g.layout is not torch.strided:
         raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
-    if shards.is_sharded(g) != shards.is_sharded(p) or not shards.alike(g, p):
+    if not shards.alike(g, p):
         raise RuntimeError(f"the gradient of {name!r} is not sharded like the parameter; let backward make it")
     if g.is_complex():
         raise RuntimeError(f"the gradient of {name!r} is complex; optimize torch.view_as_real of it instead")
@@ -55,41 +55,51 @@ def _size(g: Tensor) -> Tensor:
     return torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).square_()
 
 
-def admit_together(members: Iterable["Member"]) -> dict[Tensor, bool | Tensor | None]:
-    """What `admit` says of gradients that are asked for together: of sharded parameters, and of those on a device.
-
-    None where no rank has a gradient; a collective where there are sharded parameters.
+def admit_shared(members: Iterable["Member"]) -> dict[Tensor, bool | Tensor | None]:
+    """What `admit` says of the gradients of sharded parameters, None where no rank has one; a collective.
 
     A rank without one has rows of zeros. That is asked on the host only: elsewhere it would synchronise, and FSDP gives
     a gradient to all ranks or to none.
     """
-    members = list(members)
     shared = {m.p: m for m in members if shards.is_sharded(m.p) and (on_host(m.p) or _asks(m))}
     sums = shards.sum_over_ranks({p: _facts(member) for p, member in shared.items()})
-    return _on_devices(members) | {p: _verdict(member, sums[p]) for p, member in shared.items()}
+    return {p: _verdict(member, sums[p]) for p, member in shared.items()}
 
 
-def _on_devices(members: list["Member"]) -> dict[Tensor, bool | Tensor | None]:
-    """The answers for whole gradients that are not on the host, by few kernels for all of them."""
-    alike: dict[tuple, dict[Tensor, Tensor]] = defaultdict(dict)
-    for m in members:
-        if on_host(m.p) or shards.is_sharded(m.p):
-            continue
-        p, g, rule, check = m.p, m.p.grad, m.route.rule, m.route.h.check_finite
-        if g is not None and g.numel() and _asks(m):
-            alike[g.device, g.dtype, compute_dtype(g.dtype), rule.skips_zero, check][p] = g
-    found: dict[Tensor, bool | Tensor | None] = {}
-    for (device, _, dtype, skips_zero, check), gradients in alike.items():
-        if len(gradients) == 1:  # `admit` does with fewer
-            continue
-        every = list(gradients.values())
-        ok = torch.ones(len(every), dtype=torch.bool, device=device)
+def judge(batches: Iterable[list["Task"]]) -> list[tuple[list[str], Tensor]]:
+    """Ask about gradients on a device, by few kernels for all of them; every task is told where its verdict is.
+
+    The tasks of a batch have one rule, with its options, and gradients of one kind. Returns (names, verdicts).
+    """
+    alike: dict[tuple, list[Task]] = defaultdict(list)
+    empty: list[list[Task]] = []  # whose largest number is none
+    for batch in batches:
+        member, g = batch[0].member, batch[0].g
+        if _asks(member):
+            kind = alike[g.device, g.dtype, member.route.rule.skips_zero, member.route.h.check_finite]
+            waiting = [task for task in batch if task.verdicts is None]  # ranks have judged together what they share
+            kind += [task for task in waiting if task.g.numel()]
+            empty += [[task] for task in waiting if not task.g.numel()]
+    groups = filter(None, (*alike.values(), *empty))
+    return [([task.member.name for task in tasks], _judged(tasks)) for tasks in groups]
+
+
+def _judged(tasks: list["Task"]) -> Tensor:
+    g, rule, check = tasks[0].g, tasks[0].rule, tasks[0].h.check_finite
+    gradients = [task.g for task in tasks]
+    if len(tasks) == 1:
+        found = _size(g)[None]
+        ok = found < math.inf if check else torch.ones_like(found, dtype=torch.bool)  # not where it is NaN either
+        ok = ok & g.any() if rule.skips_zero else ok
+    else:
+        ok = torch.ones(len(tasks), dtype=torch.bool, device=g.device)
         if check:  # squared: finite gradients whose squares overflow are refused too
-            ok &= torch.stack(torch._foreach_norm(every, dtype=dtype)).square_().isfinite()
-        if skips_zero:
-            ok &= torch.stack(torch._foreach_norm(every, math.inf)) != 0
-        found |= zip(gradients, ok.unbind(), strict=True)
-    return found
+            ok = torch.stack(torch._foreach_norm(gradients, dtype=compute_dtype(g.dtype))).square_() < math.inf
+        if rule.skips_zero:
+            ok &= torch.stack(torch._foreach_norm(gradients, math.inf)) != 0
+    for place, task in enumerate(tasks):
+        task.verdicts, task.place = ok, place
+    return ok
 
 
 def _asks(member: "Member") -> bool:

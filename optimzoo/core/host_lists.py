@@ -16,7 +16,7 @@ from optimzoo.functional import host_kernel
 def wanted(member: Member, state: State, count: int) -> bool:
     """Whether a rule's `host_update` takes this step: not where ranks share it, or numbers are no float32."""
     p, g, rule, h, layout = member.p, member.p.grad, member.route.rule, member.route.h, member.route.layout
-    if h.engine != "compiled" or rule.host_update is None or g is None or not possible(member, count):
+    if h.engine != "compiled" or rule.host_update is None or g is None or not possible(member, g, count):
         return False
     if not rule.fits_host_update(matrix_shape(p, layout), h) or g.shape != p.shape:
         return False

@@ -1,6 +1,6 @@
 """A rule's `update`, which steps lists of weights in place: narrow ones through wide copies, unless it takes them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from optimzoo.core import shards, stacks
 from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import as_matrix
+from optimzoo.core.slots import Tensors
 from optimzoo.core.stages import keywords
 from optimzoo.core.storage import State, compute_dtype
 from optimzoo.functional.slices import on_host, pieces
@@ -29,7 +30,8 @@ class Part(NamedTuple):
 def step_list(batch: list[Task]) -> None:
     """`update` on parameters of one kind."""
     one, ok = batch[0], stacks.usable(batch)
-    as_they_are = one.rule.own_kernel(one.member.p, one.g) or not widens(one)  # the first time this may raise
+    wide = one.member.p.dtype == one.g.dtype == compute_dtype(one.g.dtype)
+    as_they_are = wide or one.rule.own_kernel(one.member.p, one.g)  # the first time this may raise
     stacks.count(batch, ok)
     found_inf = None if ok is None else (~ok).to(torch.float32)
     if not as_they_are:
@@ -41,8 +43,9 @@ def step_list(batch: list[Task]) -> None:
             _step_wide(one, some)
         return
     layout = one.member.route.layout
-    parts = [Part(as_matrix(task.member.p, layout), as_matrix(task.g, layout), task.state) for task in batch]
-    _update(one, parts, found_inf)
+    weights = [as_matrix(task.member.p, layout) for task in batch]
+    gradients = [as_matrix(task.g, layout) for task in batch]
+    _update(one, weights, gradients, [task.state for task in batch], found_inf)
 
 
 def step_gathered(task: Task) -> None:
@@ -58,20 +61,20 @@ def step_gathered(task: Task) -> None:
         shards.keep(t, task.state[name])
 
 
-def possible(member: Member, count: int) -> bool:
+def possible(member: Member, g: Tensor, count: int) -> bool:
     """Whether the rule steps in place, for these options and in this step; a transposed weight is in no list."""
-    p, rule, h = member.p, member.route.rule, member.route.h
-    if rule.update is None or not rule.in_place(h, on_host(p)) or member.route.layout == "transposed":
+    rule, h = member.route.rule, member.route.h
+    if rule.update is None or member.route.layout == "transposed" or not rule.in_place(h, member.p, g):
         return False
     return rule.refresh is None or not rule.due(count, h)
 
 
-def widens(task: Task) -> bool:
-    """Whether wide copies of this weight and its gradient, or of pieces of them, may step in their place."""
-    p, rule, h = task.member.p, task.rule, task.h
-    if shards.is_sharded(p) or not rule.elementwise:
+def takes_narrow(task: Task) -> bool:
+    """Whether numbers narrower than the computation may be in a list: themselves, or wide copies in their place."""
+    p, rule = task.member.p, task.rule
+    if shards.is_sharded(p) or task.h.rounding != "nearest" or task.lost is not None:
         return False
-    return p.dtype != compute_dtype(p.dtype) and h.rounding == "nearest" and task.lost is None
+    return (rule.elementwise and p.dtype != compute_dtype(p.dtype)) or rule.own_kernel(p, task.g)
 
 
 def _step_wide(one: Task, parts: list[Part]) -> None:
@@ -82,7 +85,8 @@ def _step_wide(one: Task, parts: list[Part]) -> None:
     torch._foreach_copy_([part.w for part in wide], narrow)
     torch._foreach_copy_([part.g for part in wide], [part.g for part in parts])
     flags = [part.found_inf for part in parts if part.found_inf is not None]
-    _update(one, wide, torch.stack(flags) if flags else None)
+    weights, gradients, slots, _ = zip(*wide, strict=True)
+    _update(one, [*weights], [*gradients], slots, torch.stack(flags) if flags else None)
     torch._foreach_copy_(narrow, [part.w for part in wide])
 
 
@@ -115,8 +119,7 @@ def _pieces(task: Task, flag: Tensor | None, size: int) -> Iterator[Part]:
         yield Part(p.view(-1)[where], g.view(-1)[where], slots, flag)
 
 
-def _update(one: Task, parts: list[Part], found_inf: Tensor | None) -> None:
+def _update(one: Task, ws: Tensors, gs: Tensors, states: Sequence[State], found_inf: Tensor | None) -> None:
     number = {"step": float(one.count + 1)} if "step" in keywords(one.rule.update) else {}
-    slots = {name: [part.slots[name] for part in parts] for name in parts[0].slots}
-    weights, gradients = [part.w for part in parts], [part.g for part in parts]
-    one.rule.update(weights, gradients, one.h, one.lr, found_inf, slots=slots, **number)
+    slots = {name: [state[name] for state in states] for name in states[0]}
+    one.rule.update(ws, gs, one.h, one.lr, found_inf, slots=slots, **number)

@@ -1,6 +1,6 @@
 """A parameter as the engine sees it, what is kept for it, and one step of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from optimzoo.functional.random import fold
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A parameter, its name and where it goes."""
+    """A parameter, its name and where it goes; `memo` is the engine's, of how it was stepped the last time."""
 
     p: Tensor
     name: str
     route: Route
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def specs(member: Member) -> dict[str, Slot]:
@@ -32,7 +33,7 @@ def specs(member: Member) -> dict[str, Slot]:
     return slots
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Task:
     """One parameter's step: what is stepped, with what, and what is told of it."""
 
@@ -41,10 +42,16 @@ class Task:
     state: State
     lr: float | Tensor
     count: int  # steps that the group has completed
-    ok: Tensor | None  # whether the gradient may be used, where only the device knows
     extras: State  # what the optimizer gives the rule beside its slots
     lost: Tensor | None  # counts updates that rounding swallows
+    verdicts: Tensor | None = None  # (n,) whether gradients may be used, where only the device knows,
+    place: int = 0  # and which of them is about this one
     first: int = 0  # the position in the whole parameter of its first element here
+
+    @property
+    def ok(self) -> Tensor | None:
+        """Whether the gradient may be used: 0-dim, None where the host knows that it may."""
+        return None if self.verdicts is None else self.verdicts[self.place]
 
     @property
     def rule(self) -> Any:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core import checkpoint, stacks
-from optimzoo.core.capture import capturing, refuse_capture
+from optimzoo.core.capture import refuse_capture
 from optimzoo.core.engine import run
 from optimzoo.core.gradients import check_gradient
 from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
@@ -52,6 +52,7 @@ from optimzoo.core.storage import (
     new_slot,
     transfer,
 )
+from optimzoo.functional.device_kernels import capturing
 from optimzoo.functional.random import fold
 from optimzoo.functional.slices import has_values, on_host
 from optimzoo.memory import History, Ledger, StepMemory, ledger
@@ -140,8 +141,8 @@ class ZooOptimizer(torch.optim.Optimizer):
         return False
 
     @staticmethod
-    def in_place(h: Any, host: bool) -> bool:
-        """Whether `update`, where there is one, is for these options, and for a parameter on the host or elsewhere."""
+    def in_place(h: Any, w: Tensor, g: Tensor) -> bool:
+        """Whether `update`, where there is one, is for these options, this weight and a gradient like this."""
         return True
 
     @staticmethod
@@ -411,17 +412,17 @@ class ZooOptimizer(torch.optim.Optimizer):
         if not on_host(p):  # counted on the device, where asking would synchronise
             self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
 
-    def _note(self, names: list[str], unknown: list[tuple[str, Tensor]]) -> None:
+    def _note(self, names: list[str], unknown: list[tuple[list[str], Tensor]]) -> None:
         self._skips.update(names)
-        counted: dict[torch.device, dict[str, Tensor]] = collections.defaultdict(dict)
-        for name, ok in unknown:
-            if name in counted[ok.device]:  # nobody keeps users from giving a name twice
-                self._device_skips[name].add_(~ok)
-            elif name in self._device_skips:
-                counted[ok.device][name] = ok
-        for oks in filter(None, counted.values()):
-            bad = (~torch.stack([*oks.values()])).to(torch.int32)
-            torch._foreach_add_([self._device_skips[name] for name in oks], bad.unbind())
+        for asked, verdicts in unknown:
+            bad: dict[str, Tensor] = {}
+            for name, one in zip(asked, (~verdicts).to(torch.int32).unbind(), strict=True):
+                if name in bad:  # nobody keeps users from giving a name twice
+                    self._device_skips[name].add_(one)
+                elif name in self._device_skips:
+                    bad[name] = one
+            if bad:
+                torch._foreach_add_([self._device_skips[name] for name in bad], [*bad.values()])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three attributes; ours would be lost by copy and pickle without this.

@@ -18,7 +18,7 @@ from optimzoo.core.storage import State, compute_dtype, is_coarse, slot_names
 from optimzoo.functional.polar import ALIGNED
 from optimzoo.functional.slices import on_host
 
-DEVICE_ROOM = 1 << 28  # bytes of temporaries where several parameters step at once
+DEVICE_ROOM = 1 << 29  # bytes of temporaries where several parameters step at once: with half, launches cost more
 FEWEST = 4  # temporaries of a parameter's size: its gradient, its direction, its weight, and one more
 THIN = 4  # temporaries of the size of what a rule in stages keeps beside the largest slot, a basis say
 
@@ -80,8 +80,12 @@ def step(tasks: list[Task]) -> None:
 
 def usable(tasks: list[Task]) -> Tensor | None:
     """(tasks,) whether each gradient may be used; None where the host knows that all may."""
-    known = [task.ok for task in tasks if task.ok is not None]
-    return torch.stack(known) if known else None
+    verdicts, first = tasks[0].verdicts, tasks[0].place
+    if verdicts is None:
+        return None
+    if all(task.verdicts is verdicts and task.place == first + i for i, task in enumerate(tasks)):
+        return verdicts[first : first + len(tasks)]
+    return torch.stack([task.ok for task in tasks if task.ok is not None])
 
 
 def count(tasks: list[Task], ok: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optimzoo.functional.directions import stateless_direction
 from optimzoo.functional.projection import noise_unit
 from optimzoo.functional.slices import has_values, pieces
 
@@ -17,6 +18,16 @@ PIECE = 1 << 20  # elements handled at a time on a CPU: with a quarter of them, 
 PartDirection = Callable[[Tensor, Tensor, Tensor], Tensor]  # of gradients and two averages of one shape, which change
 RestDirection = Callable[[Tensor, Tensor], Tensor]  # of gradients, in room for as many elements
 Change = Callable[[Tensor, Tensor], None]  # moves weights by their direction, which is used up
+
+
+def rest_direction(kind: str, scale: float, maximize: bool) -> RestDirection:
+    """`stateless_direction` of gradients, or of what is left of them, in room that is given."""
+
+    def rest(g: Tensor, room: Tensor) -> Tensor:
+        u = stateless_direction(g, kind, scale, out=room[: g.numel()].view(g.shape))
+        return u.neg_() if maximize else u
+
+    return rest
 
 
 def step_lines_(w: Tensor, g: Tensor, rest: RestDirection, change: Change) -> None:

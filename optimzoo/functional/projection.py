@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ def choose_(index: Tensor, seed: int, *, n: int) -> Tensor:
         picked = torch.argsort(keys, stable=True)[: last - first].sort().values
         index[first:last].copy_(picked.add_(start))
     return index
+
+
+def in_period(step: Any, gap: int) -> Any:
+    """The number, from 1, of a step in its period of `gap` steps, in each of which a part is chosen at the first."""
+    return (step - 1) % gap + 1
 
 
 def part_shapes(shape: tuple[int, ...], kind: str, density: float) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,10 +19,11 @@ from optimzoo.core import AdamW, Lists, MatrixOptimizer, Route, Slot, Tensors, h
 from optimzoo.core.apply import apply_update
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.member import Member
-from optimzoo.functional import host_kernel
+from optimzoo.functional import host_kernel, part_kernel
 from optimzoo.functional.directions import stateful_direction, stateless_direction
-from optimzoo.functional.part_steps import Change, RestDirection, step_columns_, step_lines_, step_low_rank_, step_rows_
-from optimzoo.functional.projection import LOW_RANK, draw_, part_shapes, put_, rest_of, take, whose_turn
+from optimzoo.functional.part_steps import rest_direction, step_columns_, step_lines_, step_low_rank_, step_rows_
+from optimzoo.functional.projection import LOW_RANK, draw_, in_period, part_shapes, put_, rest_of, take, whose_turn
+from optimzoo.functional.slices import on_host
 
 PARTS = ("columns", "rows", "randk", "svd", "random", "block")
 WAITS, TURN = "not its turn in this period", "its turn in this period"
@@ -84,8 +85,7 @@ class FRUGAL(MatrixOptimizer):
     ) -> Tensor:
         low = take(g, part, h.projection)
         rest = rest_of(g, part, low, h.projection, signed=h.state_free == "sign")
-        tau = (step - 1) % h.update_gap + 1  # steps of the group since the part was chosen
-        low = stateful_direction(low, h.state_full, exp_avg, exp_avg_sq, tau, h.betas, h.eps)
+        low = stateful_direction(low, h.state_full, exp_avg, exp_avg_sq, in_period(step, h.update_gap), h.betas, h.eps)
         u = stateless_direction(rest, h.state_free, h.state_free_lr_scale, out=None if rest is g else rest)
         return put_(u, part, low, h.projection)
 
@@ -95,19 +95,24 @@ class FRUGAL(MatrixOptimizer):
 
     @staticmethod
     def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
-        since = [(step - 1) % h.update_gap + 1 for step in steps]
+        since = [in_period(step, h.update_gap) for step in steps]
         averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], since, slots["part"])
         return host_kernel.step_(ws, gs, h, lr, h.projection, averages, (h.state_free, h.state_free_lr_scale))
 
     @staticmethod
-    def in_place(h: Any, host: bool) -> bool:
-        return host and h.projection in (*LOW_RANK, "columns", "rows") and h.state_full == "adamw"
+    def in_place(h: Any, w: Tensor, g: Tensor) -> bool:
+        kinds = ("columns", "rows", *LOW_RANK) if on_host(w) else ("columns", "rows")
+        return h.state_full == "adamw" and h.projection in kinds and (on_host(w) or part_kernel.takes_parts(w, g))
+
+    own_kernel = staticmethod(part_kernel.takes_parts)
 
     @staticmethod
     def update(
         ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists, step: float
     ) -> None:
-        tau = (step - 1) % h.update_gap + 1
+        tau = in_period(step, h.update_gap)
+        if not on_host(ws[0]):
+            return part_kernel.step_(ws, gs, h, lr, found_inf, h.projection, part_kernel.Averages(**slots, step=tau))
         in_basis = partial(step_low_rank_, signed=h.state_free == "sign")
         move = {"columns": step_columns_, "rows": step_rows_}.get(h.projection, in_basis)
         up = h._replace(weight_decay=0.0)
@@ -118,7 +123,8 @@ class FRUGAL(MatrixOptimizer):
             AdamW.update([u], [g], up, -1.0, None, slots=averages)  # what is at 0 ends at its own direction
             return u
 
-        rest, change = _stateless_step(h, lr)
+        rest = rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
+        change = partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)
         lists = ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"]
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
             move(w, g, chosen, exp_avg, exp_avg_sq, part, rest, change)
@@ -181,20 +187,14 @@ class Stateless(MatrixOptimizer):
     def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         return host_kernel.step_(ws, gs, h, lr, "none", free=(h.state_free, h.state_free_lr_scale))
 
-    in_place = staticmethod(lambda h, host: host)
+    in_place = staticmethod(lambda h, w, g: on_host(w) or part_kernel.takes_all(w, g))
+    own_kernel = staticmethod(part_kernel.takes_all)
 
     @staticmethod
     def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:
-        rest, change = _stateless_step(h, lr)
+        if not on_host(ws[0]):
+            return part_kernel.step_(ws, gs, h, lr, found_inf)
+        rest = rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
+        change = partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)
         for w, g in zip(ws, gs, strict=True):
             step_lines_(w, g, rest, change)
-
-
-def _stateless_step(h: Any, lr: float | Tensor) -> tuple[RestDirection, Change]:
-    """The direction of the rule without state, in room that is given, and what moves weights by a direction."""
-
-    def rest(g: Tensor, room: Tensor) -> Tensor:
-        u = stateless_direction(g, h.state_free, h.state_free_lr_scale, out=room[: g.numel()].view(g.shape))
-        return u.neg_() if h.maximize else u
-
-    return rest, partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from optimzoo.core import Lists, Slot, Tensors, ZooOptimizer, hyper
 from optimzoo.core.hyper import SMALLEST
-from optimzoo.functional import host_kernel
+from optimzoo.functional import cover_kernel, host_kernel
 from optimzoo.functional.cover import sm3_shapes, sm3_step_, sm3_update
+from optimzoo.functional.slices import on_host
 
 
 class SM3(ZooOptimizer):
@@ -54,13 +55,20 @@ class SM3(ZooOptimizer):
         return [host_kernel.sm3_step_(w, g, h, lr, _accumulators(slices, g.shape)) for w, g, slices in every]
 
     @staticmethod
-    def in_place(h: Any, host: bool) -> bool:
-        return host and not h.momentum and h.eps <= 1e-30  # the kernel's eps stands outside of the root
+    def in_place(h: Any, w: Tensor, g: Tensor) -> bool:
+        if on_host(w):
+            return not h.momentum and h.eps <= 1e-30  # the kernel's eps stands outside of the root
+        return not h.momentum and cover_kernel.takes(w, g)
+
+    own_kernel = staticmethod(cover_kernel.takes)
 
     @staticmethod
-    def update(ws: Tensors, gs: Tensors, h: Any, lr: float, found_inf: Tensor | None, *, slots: Lists) -> None:
+    def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:
+        if not on_host(ws[0]):
+            cover_kernel.step_(ws, gs, h, lr, found_inf, slots["slices"])
+            return
         for w, g, slices in zip(ws, gs, slots["slices"], strict=True):
-            sm3_step_(w, g, _accumulators(slices, g.shape), lr, h.weight_decay, h.eps, h.maximize)
+            sm3_step_(w, g, _accumulators(slices, g.shape), float(lr), h.weight_decay, h.eps, h.maximize)
 
 
 def _accumulators(slices: Tensor, shape: tuple[int, ...]) -> list[Tensor]:

@@ -1,0 +1,108 @@
+"""What our kernels for devices share: they step any number of tensors by one call, told by a table of their addresses.
+
+They are written in Triton, which PyTorch brings along where there are devices for it. PyTorch's own take one flag for
+all tensors of a call, so gradients that are checked one by one cost a launch for each; and launches, with what the host
+does for them, are what a step on a device costs.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
+
+from optimzoo.functional.slices import device_type, has_values, on_host
+
+VECTOR = 16  # bytes that a device reads at once where addresses are multiples of them
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, Parameter, FakeTensor)  # what others keep is not at their address
+OPTIONS = {"enable_fp_fusion": False}  # else an element's digits would depend on where it lies
+
+# A kernel on tensors of its own, weights of that dtype: what is wrong with what it does, "" for nothing.
+Trial = Callable[[torch.device, torch.dtype], str]
+
+_told: set[tuple[Trial, torch.device]] = set()
+
+
+def takes(w: Tensor, g: Tensor, trial: Trial, otherwise: str) -> bool:
+    """Whether a kernel may step a weight by such a gradient: plain ones of at most float32, on CUDA, not in a graph.
+
+    In a graph's replay the host's table of addresses would be whatever stands in its place by then. Where the kernel
+    fails its `trial`, before the first step, a warning says what happens `otherwise`. Where there are no values it is
+    taken to pass: plans are made on other machines.
+    """
+    if on_host(w) or device_type(w) != "cuda" or capturing():
+        return False
+    reason = _fault(trial, w.device, w.dtype) if has_values(w) and w.dtype in DTYPES else ""
+    if reason and (trial, w.device) not in _told:
+        _told.add((trial, w.device))
+        warnings.warn(
+            f"{otherwise} on {w.device}, as Triton does not work there: {reason}", RuntimeWarning, stacklevel=2
+        )
+    return not reason and fits(w, g)  # in this order: wide copies of what does not fit may
+
+
+def fits(w: Tensor, g: Tensor) -> bool:
+    """Whether they are plain tensors and at most float32."""
+    return all(type(t) in PLAIN and t.dtype in DTYPES for t in (w, g))
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
+    """(lists, tensors) int64."""
+    return np.array([[t.data_ptr() for t in tensors] for tensors in lists], dtype=np.int64)
+
+
+def table(programs: np.ndarray, aligned: np.ndarray, columns: Sequence[np.ndarray], like: Tensor) -> tuple[Tensor, int]:
+    """(tensors, 2 + columns) int64 on the device of `like`, and the programs that all of them need.
+
+    A row holds the number of a tensor's first program, whether its lines may be read as vectors, and the columns.
+    """
+    ends = np.cumsum(programs)
+    found = torch.from_numpy(np.stack((ends - programs, aligned, *columns), axis=1).astype(np.int64, copy=False))
+    if like.device.type != "cpu":
+        found = found.pin_memory().to(like.device, non_blocking=True)  # the host would wait for any other copy
+    return found, int(ends[-1])
+
+
+def aligned(found: np.ndarray) -> np.ndarray:
+    """(lists, tensors) addresses -> (tensors,) whether all of them are multiples of a vector."""
+    return (found % VECTOR == 0).all(0)
+
+
+def search_from(count: int) -> int:
+    """The power of two with which a search among so many begins."""
+    return 1 << (count - 1).bit_length() >> 1
+
+
+def rate_of(lr: float | Tensor, like: Tensor) -> dict[str, Any]:
+    """A kernel's arguments `lr` and `lr_is_tensor`."""
+    if isinstance(lr, Tensor):
+        return {"lr": lr.to(like.device), "lr_is_tensor": True}
+    return {"lr": float(lr), "lr_is_tensor": False}
+
+
+@functools.cache
+def _fault(trial: Trial, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel is not to be used there, "" where it may: kinds of devices differ, and tests see none of them."""
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    try:
+        if mode:
+            torch.cuda.set_sync_debug_mode(0)  # of what the trial reads
+        return trial(device, dtype)
+    except Exception as error:  # no Triton, no compiler for its launcher, a device that it does not know
+        if "out of memory" in str(error):  # which says nothing of the kernel
+            raise
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
