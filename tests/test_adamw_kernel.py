@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import optimzoo
 from optimzoo.core import AdamW
 from optimzoo.functional import adamw_kernel, device_kernels
+from optimzoo.functional.adamw_kernel import Options
 from tests.cases import give_gradients, go_the_devices_way, same
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux alone")
@@ -58,7 +59,7 @@ def test_steps_as_written_down_in_float64(w_dtype, g_dtype, lr, offset, checked,
     before = [[t.clone() for t in tensors] for tensors in kinds]
     steps = [torch.tensor(float(1 + 700 * i)) for i in range(len(SHAPES))]
     found_inf = torch.tensor([0.0, 1, 0, 0, 1, 0]) if checked else None
-    options = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": 0.3, "maximize": maximize}
+    options = {"lr": lr, "h": Options(BETAS, EPS, 0.3, maximize)}
     adamw_kernel.step_(*kinds, steps, found_inf, **options)
     assert same(kinds[1], before[1]), "gradients are not written"
     # The interpreter cuts bfloat16 off.
@@ -84,8 +85,7 @@ def test_betas_at_their_ends_and_averages_of_other_sizes_than_gradients(betas, s
     wanted_m = betas[0] * wanted_m + (1 - betas[0]) * g.double()
     wanted_v = betas[1] * wanted_v + (1 - betas[1]) * g.double() ** 2
     u = wanted_m / (1 - betas[0] ** step) / ((wanted_v / (1 - betas[1] ** step)).sqrt() + 1e-3)
-    numbers = {"lr": 1e-3, "eps": 1e-3, "weight_decay": 1e-4, "maximize": False}
-    adamw_kernel.step_([w], [g], [m], [v], [torch.tensor(step)], None, betas=betas, **numbers)
+    adamw_kernel.step_([w], [g], [m], [v], [torch.tensor(step)], None, lr=1e-3, h=Options(betas, 1e-3, 1e-4))
     torch.testing.assert_close(m.double(), wanted_m, rtol=3e-7, atol=0)
     torch.testing.assert_close(v.double(), wanted_v, rtol=3e-7, atol=0)
     torch.testing.assert_close(w.double(), (1 - 1e-7) - 1e-3 * u, rtol=2e-7, atol=1e-7)
@@ -99,8 +99,7 @@ def test_every_element_of_any_number_of_tensors_steps_once(count):
     kinds = [[torch.ones(size) for size in sizes] for _ in range(4)]
     steps = [torch.tensor(float(i + 1)) for i in range(count)]
     found_inf = torch.tensor([float(i % 3 == 1) for i in range(count)])
-    numbers = {"lr": 0.5, "betas": (0.5, 0.0), "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
-    adamw_kernel.step_(*kinds, steps, found_inf, **numbers)
+    adamw_kernel.step_(*kinds, steps, found_inf, lr=0.5, h=Options((0.5, 0.0), weight_decay=0.0))
     for i, w in enumerate(kinds[0]):
         wanted = 1.0 if i % 3 == 1 else 1 - 0.5 / (1 - 0.5 ** (i + 1))
         assert torch.allclose(w, torch.full_like(w, wanted), atol=1e-6), i
@@ -122,8 +121,7 @@ def test_nothing_beside_the_tensors_is_written():
     inner = [
         [a[32:-32].copy_(t.view(-1)) for a, t in zip(*pair, strict=True)] for pair in zip(around, kinds, strict=True)
     ]
-    numbers = {"lr": 0.1, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "maximize": False}
-    adamw_kernel.step_(*inner, [torch.ones(())] * len(SHAPES), None, **numbers)
+    adamw_kernel.step_(*inner, [torch.ones(())] * len(SHAPES), None, lr=0.1, h=Options(BETAS, EPS, 0.0))
     for tensors in around:
         assert all((a[:32] == 7).all() and (a[-32:] == 7).all() for a in tensors)
 
@@ -176,9 +174,9 @@ def test_a_captured_step_is_pytorchs(monkeypatch):
 
 def test_a_second_average_of_a_constant_gradient_stays_however_near_1_beta2_is():
     w, g, m, v = (torch.full((4,), value) for value in (0.0, 3.0, 3.0, 9.0))
-    numbers = {"lr": 0.0, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    h = Options((0.9, 1 - 1e-7), weight_decay=0.0)
     for step in range(1, 50):
-        adamw_kernel.step_([w], [g], [m], [v], [torch.tensor(float(step))], None, betas=(0.9, 1 - 1e-7), **numbers)
+        adamw_kernel.step_([w], [g], [m], [v], [torch.tensor(float(step))], None, lr=0.0, h=h)
     assert (v == 9).all()
     assert (m == 3).all()
 
@@ -284,7 +282,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from optimzoo.functional import adamw_kernel
+from optimzoo.functional import adamw_kernel, device_kernels
 from optimzoo.functional.triton_adamw import step_some
 
 given = {"table": "*i64", "found_inf": "*fp32", "count": "i32", "top": "i32"}
@@ -297,7 +295,7 @@ for (w, g), flag in itertools.product(types, (True, False)):
     fixed = {"checked": flag, "maximize": flag, "lr_is_tensor": flag, "w_type": w, "g_type": g, **sizes}
     constants = {(step_some.arg_names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(step_some, given | lr | dict.fromkeys(fixed, "constexpr"), constants)
-    made = compile(source, target=GPUTarget("cuda", 80, 32), options=adamw_kernel.OPTIONS).asm["ptx"]
+    made = compile(source, target=GPUTarget("cuda", 80, 32), options=device_kernels.OPTIONS).asm["ptx"]
     assert "ld.global.v4.b32" in made and "st.global.v4.b32" in made
     assert not re.search(r"fma\\.rn\\.f32", made)
     assert not re.search(r"@%p\\d+ (ld|st)\\.global\\S*\\.v[24]", made)  # with a mask, as where addresses are odd

@@ -189,6 +189,30 @@ def test_a_device_with_kernels_steps_as_one_without(method, dtype, poisoned, tri
         torch.testing.assert_close(a, b, rtol=digits, atol=digits)
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (FRUGAL, {"state_full": "lion"}),
+        (FRUGAL, {"state_full": "sgdm", "projection": "rows"}),
+        (FRUGAL, {"projection": "randk"}),
+        (FRUGAL, {"projection": "svd"}),
+        (SM3, {"momentum": 0.9}),
+    ],
+)
+def test_what_they_do_not_know_steps_as_on_other_devices(cls, options, tried, monkeypatch):
+    found = []
+    for device in ("cuda", "xpu"):
+        go_the_devices_way(monkeypatch, device)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 24, bias=False))
+        opt = cls(model, lr=1e-2, **options)
+        for number in range(3):
+            give_gradients(model.parameters(), number)
+            opt.step()
+        found.append([*model.parameters()])
+    assert same(*found)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{"rounding": "error"}, {"rounding": "stochastic"}])
 def test_weights_that_are_rounded_otherwise_are_not_theirs(method, options, tried, monkeypatch):
@@ -215,6 +239,10 @@ def test_what_rounding_swallows_is_counted_without_them(method, tried, monkeypat
     assert 0 < lost.share <= 1
 
 
+class Other(Tensor):
+    """A subclass, whose values might be elsewhere."""
+
+
 def test_a_way_that_is_remembered_changes_with_what_it_depends_on(tried, monkeypatch):
     """A member's way through the engine is found once, and again when its gradient or its slots are of another kind."""
     go_the_devices_way(monkeypatch, "cuda")
@@ -235,6 +263,8 @@ def test_a_way_that_is_remembered_changes_with_what_it_depends_on(tried, monkeyp
     assert stepped(torch.randn(24, 16))
     assert not stepped(torch.randn(16, 24).mT)
     assert stepped(torch.randn(24, 16))
+    assert not stepped(torch.randn(24, 16).as_subclass(Other))
+    assert stepped(torch.randn(24, 16))
     state = opt.state[w]
     state["exp_avg"] = state["exp_avg"].mT.contiguous().mT
     assert not stepped(torch.randn(24, 16))
@@ -252,6 +282,27 @@ def test_a_kernel_that_does_not_do_what_it_should_is_told(name, dtype, monkeypat
     assert getattr(module, trial)(torch.device("cpu"), dtype) == ""
     monkeypatch.setattr(module, "step_", lambda *args, **more: None)
     assert str(dtype) in getattr(module, trial)(torch.device("cpu"), dtype)
+
+
+def test_rows_and_columns_are_both_tried(monkeypatch):
+    for kind in ("rows", "columns"):
+        with monkeypatch.context() as patch:
+            step_ = part_kernel.step_
+            patch.setattr(part_kernel, "step_", lambda *args, k=kind, s=step_: None if args[5] == k else s(*args))
+            assert part_kernel._trial_of_parts(torch.device("cpu"), torch.float32).startswith(kind)
+
+
+def test_state_that_is_not_written_is_told_too(monkeypatch):
+    parts, covers = part_kernel.step_, cover_kernel.step_
+
+    def without_averages(*args):
+        averages = args[6]._replace(**{n: [t.clone() for t in getattr(args[6], n)] for n in ("exp_avg", "exp_avg_sq")})
+        parts(*args[:6], averages)
+
+    monkeypatch.setattr(part_kernel, "step_", without_averages)
+    monkeypatch.setattr(cover_kernel, "step_", lambda *args: covers(*args[:5], [t.clone() for t in args[5]]))
+    for trial in (part_kernel._trial_of_parts, cover_kernel.trial):
+        assert trial(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("method", "trial"), [("columns", "_trial_of_parts"), ("blocks", "_trial"), ("sm3", "trial")])
@@ -305,13 +356,13 @@ from optimzoo.functional.device_kernels import OPTIONS
 floats = "scale beta1 one_minus_beta1 beta2 one_minus_beta2 grown root eps weight_decay".split()
 whole = ["count", "top", "deepest"]
 tiles = {
-    triton_parts.step_lines: {"line": part_kernel.LINE, "width": part_kernel.WIDTH},
+    triton_parts.step_lines: {"line": part_kernel.LINE, "columns": part_kernel.WIDTH},
     triton_parts.step_matrices: {
-        "tile_rows": part_kernel.ROWS, "tile_columns": part_kernel.COLUMNS, "width": part_kernel.WIDTH,
+        "tile_rows": part_kernel.ROWS, "tile_columns": part_kernel.COLUMNS, "columns": part_kernel.WIDTH,
         "some_rows": part_kernel.SOME
     },
     triton_cover.step_some: {
-        "tile_rows": cover_kernel.ROWS, "tile_columns": cover_kernel.COLUMNS, "width": cover_kernel.WIDTH,
+        "tile_rows": cover_kernel.ROWS, "tile_columns": cover_kernel.COLUMNS, "columns": cover_kernel.WIDTH,
         "some_rows": cover_kernel.SOME
     },
 }

@@ -66,7 +66,7 @@ class AdamW(ZooOptimizer):
         averages = slots["exp_avg"], slots["exp_avg_sq"]
         options: dict[str, Any] = {"eps": h.eps, "weight_decay": h.weight_decay, "maximize": h.maximize}
         if AdamW.own_kernel(ws[0], gs[0]):
-            adamw_kernel.step_(ws, gs, *averages, slots["step"], found_inf, lr=lr, betas=h.betas, **options)
+            adamw_kernel.step_(ws, gs, *averages, slots["step"], found_inf, lr=lr, h=h)
             return
         if found_inf is not None and len(ws) > 1:  # PyTorch's kernel takes one flag a call
             for i, flag in enumerate(found_inf.unbind()):

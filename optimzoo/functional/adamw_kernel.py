@@ -4,7 +4,7 @@ PyTorch's wants averages as narrow as the weights, beside what `device_kernels` 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optimzoo.functional import device_kernels
-from optimzoo.functional.device_kernels import OPTIONS, VECTOR, addresses, aligned, rate_of, search_from, table
+from optimzoo.functional.device_kernels import VECTOR, addresses, aligned, arguments, table
 from optimzoo.functional.slices import has_values
 
 CHUNK = 8192  # elements of one program
@@ -35,42 +35,25 @@ def step_(
     found_inf: Tensor | None,
     *,
     lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    h: Any,
 ) -> None:
     """Step weights and averages; `steps` are the numbers of this step, from 1, 0-dim float32.
 
-    Weights and gradients of one dtype each, averages in float32, all contiguous; where `found_inf` (tensors,) is not 0
-    nothing changes. Temporaries: a table of 64 bytes for each tensor.
+    `h` are the options `betas`, `eps`, `weight_decay` and `maximize`. Weights and gradients of one dtype each, averages
+    in float32, all contiguous; where `found_inf` (tensors,) is not 0 nothing changes. Temporaries: a table of 64 bytes
+    for each tensor.
     """
     if not has_values(ws[0]):  # nor addresses
         torch.empty(len(ws), COLUMNS, dtype=torch.int64, device=ws[0].device)
         return
-    from optimzoo.functional.triton_adamw import TYPES, step_some
+    from optimzoo.functional.triton_adamw import step_some
 
     about, programs = _table(ws, gs, exp_avgs, exp_avg_sqs, steps)
+    shared = arguments(about, ws, gs, lr, found_inf, h)
+    logarithms = {"log_beta1": _logarithm(h.betas[0]), "log_beta2": _logarithm(h.betas[1])}
     with torch.cuda.device_of(about):
         step_some[(programs,)](
-            about,
-            about if found_inf is None else found_inf,
-            count=len(ws),
-            top=search_from(len(ws)),
-            log_beta1=_logarithm(betas[0]),
-            log_beta2=_logarithm(betas[1]),
-            eps=float(eps),
-            weight_decay=float(weight_decay),
-            **numbers(betas),
-            **rate_of(lr, about),
-            checked=found_inf is not None,
-            maximize=maximize,
-            columns=COLUMNS,
-            chunk=CHUNK,
-            tile=TILE,
-            w_type=TYPES[ws[0].dtype],
-            g_type=TYPES[gs[0].dtype],
-            **OPTIONS,
+            about, eps=float(h.eps), chunk=CHUNK, tile=TILE, **numbers(h.betas), **logarithms, **shared
         )
     increment_version([*ws, *exp_avgs, *exp_avg_sqs])  # for autograd, which cannot see what is written
 
@@ -105,10 +88,19 @@ def trial(device: torch.device, dtype: torch.dtype) -> str:
     lines = ones.to(dtype, copy=True), ones.mul(2).to(dtype), ones.clone(), ones.clone()
     ws, gs, *averages = ([t[:size], t[size : 2 * size], t[2 * size + 1 :]] for t in lines)
     lists: Any = ws, gs, *averages, [*ones[:3].clone()], found_inf
-    step_(*lists, lr=0.5, betas=(0.0, 0.0), eps=1e-8, weight_decay=0.5, maximize=False)
+    step_(*lists, lr=0.5, h=Options())
     for found, wanted in zip((ws, *averages), (0.25, 2, 4), strict=True):
         ends = [float(end) for t in found for end in t.float().aminmax()]
         right = (wanted, wanted, 1, 1, wanted, wanted)
         if any(abs(end - to) > 0.01 for end, to in zip(ends, right, strict=True)):
             return f"what was 1 ends at {ends} with {dtype}, and not at {wanted}, 1, {wanted}"
     return ""
+
+
+class Options(NamedTuple):
+    """A trial's."""
+
+    betas: tuple[float, float] = (0.0, 0.0)
+    eps: float = 1e-8
+    weight_decay: float = 0.5
+    maximize: bool = False

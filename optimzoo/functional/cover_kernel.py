@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from optimzoo.functional import device_kernels
-from optimzoo.functional.device_kernels import OPTIONS, addresses, aligned, rate_of, search_from, table
+from optimzoo.functional.device_kernels import MULTIPLE, addresses, aligned, arguments, table, tiles
 from optimzoo.functional.slices import has_values
 
 ROWS, COLUMNS = 64, 512  # of a matrix, for one program; tiles were tried on an H200
 SOME = 2  # rows at a time
 WIDTH = 8  # of the table: two, four addresses, the matrix' rows and columns
-MULTIPLE = 16  # of elements in a row, for all rows to begin where a vector may
 
 
 def takes(w: Tensor, g: Tensor) -> bool:
@@ -42,35 +40,18 @@ def step_(
     if not has_values(ws[0]):  # nor addresses
         torch.empty(len(ws), WIDTH, dtype=torch.int64, device=ws[0].device)
         return
-    from optimzoo.functional.triton_cover import TYPES, step_some
+    from optimzoo.functional.triton_cover import step_some
 
     about, programs = _table(ws, gs, slices, new)
+    shared, tile = arguments(about, ws, gs, lr, found_inf, h), {"tile_rows": ROWS, "tile_columns": COLUMNS}
     with torch.cuda.device_of(about):
-        step_some[(programs,)](
-            about,
-            about if found_inf is None else found_inf,
-            count=len(ws),
-            top=search_from(len(ws)),
-            eps=float(h.eps),
-            weight_decay=float(h.weight_decay),
-            **rate_of(lr, about),
-            checked=found_inf is not None,
-            maximize=h.maximize,
-            width=WIDTH,
-            tile_rows=ROWS,
-            tile_columns=COLUMNS,
-            some_rows=SOME,
-            w_type=TYPES[ws[0].dtype],
-            g_type=TYPES[gs[0].dtype],
-            **OPTIONS,
-        )
+        step_some[(programs,)](about, eps=float(h.eps), some_rows=SOME, **tile, **shared)
     torch._foreach_copy_(slices, new)
     increment_version(ws)  # for autograd, which cannot see what is written
 
 
 def _table(*lists: Sequence[Tensor]) -> tuple[Tensor, int]:
-    found, (rows, columns) = addresses(*lists), np.array([w.shape for w in lists[0]], dtype=np.int64).T
-    programs = -(-rows // ROWS) * -(-columns // COLUMNS)
+    found, (rows, columns, programs) = addresses(*lists), tiles(lists[0], ROWS, COLUMNS)
     return table(programs, aligned(found[:2]) & (columns % MULTIPLE == 0), (*found, rows, columns), lists[0][0])
 
 

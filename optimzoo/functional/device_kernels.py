@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from optimzoo.functional.slices import device_type, has_values, on_host
 
 VECTOR = 16  # bytes that a device reads at once where addresses are multiples of them
+MULTIPLE = 16  # of elements in a row, for all rows of a matrix to begin where vectors may
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, Parameter, FakeTensor)  # what others keep is not at their address
 OPTIONS = {"enable_fp_fusion": False}  # else an element's digits would depend on where it lies
@@ -79,16 +80,37 @@ def aligned(found: np.ndarray) -> np.ndarray:
     return (found % VECTOR == 0).all(0)
 
 
+def tiles(ws: Sequence[Tensor], rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tensors,) each: the rows of matrices, their columns, and how many tiles of that size cover each of them."""
+    m, n = np.array([w.shape for w in ws], dtype=np.int64).T
+    return m, n, -(-m // rows) * -(-n // columns)
+
+
 def search_from(count: int) -> int:
     """The power of two with which a search among so many begins."""
     return 1 << (count - 1).bit_length() >> 1
 
 
-def rate_of(lr: float | Tensor, like: Tensor) -> dict[str, Any]:
-    """A kernel's arguments `lr` and `lr_is_tensor`."""
-    if isinstance(lr, Tensor):
-        return {"lr": lr.to(like.device), "lr_is_tensor": True}
-    return {"lr": float(lr), "lr_is_tensor": False}
+def arguments(
+    about: Tensor, ws: Sequence[Tensor], gs: Sequence[Tensor], lr: float | Tensor, found_inf: Tensor | None, h: Any
+) -> dict[str, Any]:
+    """What all kernels are told beside their tables `about`: flags, the rate, and `h`'s decay and direction."""
+    from optimzoo.functional.triton_adamw import TYPES
+
+    return {
+        "found_inf": about if found_inf is None else found_inf,
+        "lr": lr.to(about.device) if isinstance(lr, Tensor) else float(lr),
+        "count": len(ws),
+        "top": search_from(len(ws)),
+        "weight_decay": float(h.weight_decay),
+        "checked": found_inf is not None,
+        "lr_is_tensor": isinstance(lr, Tensor),
+        "maximize": h.maximize,
+        "columns": about.shape[1],
+        "w_type": TYPES[ws[0].dtype],
+        "g_type": TYPES[gs[0].dtype],
+        **OPTIONS,
+    }
 
 
 @functools.cache

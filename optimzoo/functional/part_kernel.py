@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from optimzoo.functional import device_kernels
 from optimzoo.functional.adamw_kernel import numbers
-from optimzoo.functional.device_kernels import OPTIONS, addresses, aligned, rate_of, search_from, table
+from optimzoo.functional.device_kernels import MULTIPLE, addresses, aligned, arguments, search_from, table, tiles
 from optimzoo.functional.slices import has_values
 
 ROWS, COLUMNS = 64, 256  # of a matrix, for one program; tiles were tried on an H200
@@ -22,7 +22,6 @@ SOME = 8  # rows at a time
 LINE = 1024  # elements of a tensor without averages, for one program
 WIDTH = 10  # of the table: two, five addresses, the matrix' rows and columns, how many are chosen
 OTHERWISE = "FRUGAL steps by many kernels of PyTorch"
-MULTIPLE = 16  # of elements in a row, for all rows to begin where a vector may
 
 
 class Averages(NamedTuple):
@@ -63,32 +62,19 @@ def step_(
     if not has_values(ws[0]):  # nor addresses
         torch.empty(len(ws), WIDTH, dtype=torch.int64, device=ws[0].device)
         return
-    from optimzoo.functional.triton_parts import TYPES, step_lines, step_matrices
+    from optimzoo.functional.triton_parts import step_lines, step_matrices
 
     about, programs, most = _table(ws, gs, averages)
-    shared = {
-        "found_inf": about if found_inf is None else found_inf,
-        "count": len(ws),
-        "top": search_from(len(ws)),
-        "scale": float(h.state_free_lr_scale),
-        "weight_decay": float(h.weight_decay),
-        **rate_of(lr, about),
-        "checked": found_inf is not None,
-        "maximize": h.maximize,
-        "free": h.state_free,
-        "width": WIDTH,
-        "w_type": TYPES[ws[0].dtype],
-        "g_type": TYPES[gs[0].dtype],
-        **OPTIONS,
-    }
+    shared = arguments(about, ws, gs, lr, found_inf, h)
+    free = {"free": h.state_free, "scale": float(h.state_free_lr_scale)}
     with torch.cuda.device_of(about):
         if averages is None:
-            step_lines[(programs,)](about, line=LINE, **shared)
+            step_lines[(programs,)](about, line=LINE, **free, **shared)
         else:
             one, two = (1 - beta**averages.step for beta in h.betas)
             tile = {"tile_rows": ROWS, "tile_columns": COLUMNS, "some_rows": SOME, "by_rows": kind == "rows"}
             arithmetic = {"grown": 1 / one, "root": 1 / math.sqrt(two), "eps": float(h.eps), **numbers(h.betas)}
-            step_matrices[(programs,)](about, deepest=search_from(most + 1), **arithmetic, **tile, **shared)
+            step_matrices[(programs,)](about, deepest=search_from(most + 1), **arithmetic, **tile, **free, **shared)
     written = [] if averages is None else [*averages.exp_avg, *averages.exp_avg_sq]
     increment_version([*ws, *written])  # for autograd, which cannot see what is written
 
@@ -100,9 +86,8 @@ def _table(ws: Sequence[Tensor], gs: Sequence[Tensor], averages: Averages | None
         rest = np.zeros((WIDTH - 5, len(ws)), dtype=np.int64)
         return *table(-(-elements // LINE), aligned(found), (*found, elements, *rest), ws[0]), 0
     found = addresses(ws, gs, averages.exp_avg, averages.exp_avg_sq, averages.part)
-    rows, columns = np.array([w.shape for w in ws], dtype=np.int64).T
+    rows, columns, programs = tiles(ws, ROWS, COLUMNS)
     chosen = np.array([part.numel() for part in averages.part], dtype=np.int64)
-    programs = -(-rows // ROWS) * -(-columns // COLUMNS)
     vectors = aligned(found[:-1]) & (columns % MULTIPLE == 0)
     return *table(programs, vectors, (*found, rows, columns, chosen), ws[0]), int(chosen.max())
 

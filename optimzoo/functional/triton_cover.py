@@ -6,9 +6,7 @@
 import triton
 import triton.language as tl
 
-from optimzoo.functional.triton_adamw import TYPES, find, read_rate
-
-__all__ = ["TYPES", "step_some"]
+from optimzoo.functional.triton_adamw import find, read_rate
 
 
 @triton.jit(do_not_specialize=["count", "top"])
@@ -23,17 +21,17 @@ def step_some(
     checked: tl.constexpr,
     lr_is_tensor: tl.constexpr,
     maximize: tl.constexpr,
-    width: tl.constexpr,
+    columns: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     some_rows: tl.constexpr,
     w_type: tl.constexpr,
     g_type: tl.constexpr,
 ):
-    """A tile of one matrix (m, n): of which the table says, (count, width), as `cover_kernel` writes it."""
+    """A tile of one matrix (m, n): of which the table says, (count, columns), as `cover_kernel` writes it."""
     program = tl.program_id(0).to(tl.int64)
-    which = find(table, program, count, top, width)
-    row = table + which * width
+    which = find(table, program, count, top, columns)
+    row = table + which * columns
     m, n = tl.load(row + 6), tl.load(row + 7)
     across = (n + tile_columns - 1) // tile_columns
     tile = program - tl.load(row)
@@ -90,10 +88,9 @@ def _tile(
         down = tl.load(old + i, mask=i < m, other=0.0)
         if maximize:
             g = -g
-        nu = tl.minimum(down[:, None], right[None, :]) + g * g
+        nu = tl.minimum(down[:, None], right[None, :]) + g * g  # outside of the matrix 0
         w -= rate * weight_decay * w + rate * g / tl.sqrt_rn(nu + eps)
         tl.store(w_at + at, w.to(w_at.dtype.element_ty), mask=inside)
-        nu = tl.where(inside, nu, 0.0)
         highest = tl.maximum(highest, nu)
         tl.atomic_max(new + i, tl.max(nu, axis=1), mask=i < m, sem="relaxed")
     tl.atomic_max(new + m + j, tl.max(highest, axis=0), mask=j < n, sem="relaxed")

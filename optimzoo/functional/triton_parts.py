@@ -6,9 +6,7 @@
 import triton
 import triton.language as tl
 
-from optimzoo.functional.triton_adamw import TYPES, adamw, find, read_rate
-
-__all__ = ["TYPES", "step_lines", "step_matrices"]
+from optimzoo.functional.triton_adamw import adamw, find, read_rate
 
 
 @triton.jit(do_not_specialize=["count", "top"])
@@ -24,15 +22,15 @@ def step_lines(
     lr_is_tensor: tl.constexpr,
     maximize: tl.constexpr,
     free: tl.constexpr,
-    width: tl.constexpr,
+    columns: tl.constexpr,
     line: tl.constexpr,
     w_type: tl.constexpr,
     g_type: tl.constexpr,
 ):
-    """A line of one tensor, all of which the plain rule steps: of which the table says, (count, width)."""
+    """A line of one tensor, all of which the plain rule steps: of which the table says, (count, columns)."""
     program = tl.program_id(0).to(tl.int64)
-    which = find(table, program, count, top, width)
-    row = table + which * width
+    which = find(table, program, count, top, columns)
+    row = table + which * columns
     step = True
     if checked:
         step = tl.load(found_inf + which) == 0
@@ -72,7 +70,7 @@ def step_matrices(
     maximize: tl.constexpr,
     free: tl.constexpr,
     by_rows: tl.constexpr,
-    width: tl.constexpr,
+    columns: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
     some_rows: tl.constexpr,
@@ -81,8 +79,8 @@ def step_matrices(
 ):
     """A tile of one matrix (m, n), of which some rows or columns are AdamW's."""
     program = tl.program_id(0).to(tl.int64)
-    which = find(table, program, count, top, width)
-    row = table + which * width
+    which = find(table, program, count, top, columns)
+    row = table + which * columns
     usable = True
     if checked:
         usable = tl.load(found_inf + which) == 0
