@@ -243,6 +243,28 @@ def test_a_trial_that_runs_out_of_memory_says_nothing_of_the_kernel(untried, mon
     assert opt.state[w]["step"] == opt.state[p]["step"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trial_that_raises_does_so_before_anything_moves(dtype, untried, monkeypatch):
+    """Of a bfloat16 weight whose gradient no kernel takes that is the trial of the wide copies, in float32."""
+    step_ = adamw_kernel.step_
+
+    def full(ws, *args, **kwargs):
+        if ws[0].dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step_(ws, *args, **kwargs)
+
+    w = nn.Parameter(torch.ones(8, 8, dtype=dtype))
+    opt = AdamW([("w", w)], weight_decay=0.0)
+    w.grad_dtype = None
+    w.grad = torch.ones(8, 8, dtype=torch.float32 if dtype == torch.float32 else torch.float64)
+    with monkeypatch.context() as patch:
+        patch.setattr(adamw_kernel, "step_", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    assert opt.state[w]["step"] == 0
+    assert (w == 1).all()
+
+
 def test_what_has_no_address_of_its_own_or_another_dtype_is_pytorchs(untried):
     """A subclass may keep its values elsewhere. A view may be lazily negated, which no kernel knows."""
     w = nn.Parameter(torch.ones(4, 4))

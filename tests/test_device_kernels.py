@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import optimzoo
 from optimzoo.core import ZooOptimizer
@@ -22,8 +23,8 @@ pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
 TRIALS = {
     "adamw": (adamw_kernel, "trial"),
-    "lines": (part_kernel, "_trial"),
-    "parts": (part_kernel, "_trial_of_parts"),
+    "lines": (part_kernel, "trial"),
+    "parts": (part_kernel, "trial_of_parts"),
     "covers": (cover_kernel, "trial"),
 }
 SHAPES = [
@@ -38,7 +39,7 @@ DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (tor
 ULP = {torch.float32: 2e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the interpreter cuts bfloat16 off
 
 
-class Options(part_kernel._Options):
+class Options(part_kernel.Options):
     """Numbers that show in every digit."""
 
     def __new__(cls, **given):
@@ -122,7 +123,7 @@ def test_covers_step_as_written_down_in_float64(w_dtype, g_dtype, offset, lr, ma
     slices = [t.abs() for t in noise([(sum(shape),) for shape in SHAPES], torch.float32, offset)]
     before = [[t.clone() for t in tensors] for tensors in (ws, gs, slices)]
     found_inf = torch.tensor([0.0, 0, 1, 0, 0, 0])
-    cover_kernel.step_(ws, gs, cover_kernel._Options(1e-3, 0.3, maximize), lr, found_inf, slices)
+    cover_kernel.step_(ws, gs, cover_kernel.Options(1e-3, 0.3, maximize), lr, found_inf, slices)
     assert same(gs, before[1]), "gradients are not written"
     for i, (m, n) in enumerate(SHAPES):
         w, g, old = (tensors[i].double() for tensors in before)
@@ -275,6 +276,62 @@ def test_a_way_that_is_remembered_changes_with_what_it_depends_on(tried, monkeyp
     assert not stepped(torch.randn(24, 16))
 
 
+@pytest.mark.parametrize("cls", [FRUGAL, SM3])
+def test_autograd_notices_a_step_between_forward_and_backward(cls, tried, monkeypatch):
+    go_the_devices_way(monkeypatch, "cuda")
+    w = nn.Parameter(torch.randn(8, 8))
+    opt = cls([("w", w)])
+    for _ in range(2):
+        w.grad = torch.ones(8, 8)
+        loss = (w * w).sum()
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("columns", [32, 31])
+@pytest.mark.parametrize("odd", [None, 0, 1, 2, 3])
+def test_tables_say_what_may_be_read_as_vectors(odd, columns):
+    """All lines begin at multiples: of weights, gradients and averages. Accumulators and places are read one by one."""
+
+    def one(at: int, shape: tuple[int, ...]) -> Tensor:
+        return noise([shape], torch.float32, int(odd == at))[0]
+
+    w, g, places = one(0, (8, columns)), one(1, (8, columns)), torch.arange(4, dtype=torch.int32)
+    averages = part_kernel.Averages([places], [one(2, (4, columns))], [one(3, (4, columns))], 1.0)
+    whole = columns == 32
+    assert part_kernel._table([w], [g], averages)[0][0, 1] == (whole and odd is None)
+    assert part_kernel._table([w], [g], None)[0][0, 1] == (odd not in (0, 1))
+    slices = [torch.zeros(8 + columns)]
+    assert cover_kernel._table([w], [g], slices, slices)[0][0, 1] == (whole and odd not in (0, 1))
+
+
+def test_a_parameter_that_becomes_another_type_is_asked_again(tried, monkeypatch):
+    go_the_devices_way(monkeypatch, "cuda")
+    w = nn.Parameter(torch.ones(4, 4))
+    opt = FRUGAL([("w", w)], density=0.0, lr=0.5)
+    w.grad = torch.ones(4, 4)
+    opt.step()
+    monkeypatch.setattr(part_kernel, "step_", None)
+    torch.utils.swap_tensors(w, nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4))))
+    w.grad = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+    opt.step()
+    assert (w.a == 0.5).all()
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_kernel_that_makes_nan_is_told(name, monkeypatch):
+    module, trial = TRIALS[name]
+    step_ = module.step_
+
+    def broken(ws: list[Tensor], *args, **more) -> None:
+        step_(ws, *args, **more)
+        ws[0].view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(module, "step_", broken)
+    assert "torch.float32" in getattr(module, trial)(torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("name", TRIALS)
 @pytest.mark.parametrize("dtype", device_kernels.DTYPES)
 def test_a_kernel_that_does_not_do_what_it_should_is_told(name, dtype, monkeypatch):
@@ -289,7 +346,7 @@ def test_rows_and_columns_are_both_tried(monkeypatch):
         with monkeypatch.context() as patch:
             step_ = part_kernel.step_
             patch.setattr(part_kernel, "step_", lambda *args, k=kind, s=step_: None if args[5] == k else s(*args))
-            assert part_kernel._trial_of_parts(torch.device("cpu"), torch.float32).startswith(kind)
+            assert part_kernel.trial_of_parts(torch.device("cpu"), torch.float32).startswith(kind)
 
 
 def test_state_that_is_not_written_is_told_too(monkeypatch):
@@ -301,11 +358,11 @@ def test_state_that_is_not_written_is_told_too(monkeypatch):
 
     monkeypatch.setattr(part_kernel, "step_", without_averages)
     monkeypatch.setattr(cover_kernel, "step_", lambda *args: covers(*args[:5], [t.clone() for t in args[5]]))
-    for trial in (part_kernel._trial_of_parts, cover_kernel.trial):
+    for trial in (part_kernel.trial_of_parts, cover_kernel.trial):
         assert trial(torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(("method", "trial"), [("columns", "_trial_of_parts"), ("blocks", "_trial"), ("sm3", "trial")])
+@pytest.mark.parametrize(("method", "trial"), [("columns", "trial_of_parts"), ("blocks", "trial"), ("sm3", "trial")])
 def test_where_they_do_not_work_pytorchs_steps_and_it_is_said_once(method, trial, monkeypatch):
     cls, options, kernel = METHODS[method]
     go_the_devices_way(monkeypatch, "cuda")

@@ -1,5 +1,6 @@
 """FSDP2 and DDP: what several ranks compute together is what one process computes alone, to the bit."""
 
+import itertools
 import os
 from collections import OrderedDict
 from functools import partial
@@ -26,7 +27,7 @@ import optimzoo
 from optimzoo.core import shards, storage
 from optimzoo.core.checkpoint import adopt_groups
 from optimzoo.training.folder import Folder
-from tests.cases import ALL, PLAIN, Tiny, build, give_gradients, short_options, tiny, train
+from tests.cases import ALL, PLAIN, Tiny, build, give_gradients, go_the_devices_way, short_options, tiny, train
 from tests.ranks import run_together
 from tests.test_memory import reachable
 
@@ -179,6 +180,25 @@ def zero_is_no_step(folder: Path) -> None:
         twin.step()
     assert_same(alone, opt, together, twin)
     assert twin.skipped() == {"tall.weight": 1}
+
+
+def beside_whole_ones(folder: Path) -> None:
+    """On a device a leaf that is no parameter may be in a list with rows of others, whose ranks judge them together."""
+    with pytest.MonkeyPatch.context() as patch:
+        go_the_devices_way(patch)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for bad, turned in itertools.product("sw", (False, True)):
+            s = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)]))
+            w = torch.ones(8, 8, requires_grad=True)
+            named = [("s", s), ("w", w)]
+            opt = ALL["adamw"](named[::-1] if turned else named, lr=0.5, weight_decay=0.0)
+            g = {"s": torch.ones(8, 8), "w": torch.ones(8, 8)}
+            g[bad][0, 0] = float("nan")  # in the first rank's rows
+            s.grad, w.grad = distribute_tensor(g["s"], mesh, [Shard(0)]), g["w"]
+            opt.step()
+            for t, name in ((s.to_local(), "s"), (w, "w")):
+                assert torch.allclose(t, torch.full_like(t, 1.0 if name == bad else 0.5)), (name, bad, turned, t)
+            assert {name: count for name, count in opt.skipped().items() if count} == {bad: 1}
 
 
 def refusals(folder: Path) -> None:
@@ -441,7 +461,7 @@ CASES |= {
 CASES |= {f"{name}-bad": partial(bad_gradients, name=name) for name in PLAIN}
 CASES |= {f"{name}-ddp": partial(same_under_ddp, name=name) for name in ALL}
 CASES |= {f"{name}-engines": partial(engines, name=name) for name in PLAIN}
-CASES |= {"zero": zero_is_no_step, "refusals": refusals}
+CASES |= {"zero": zero_is_no_step, "refusals": refusals, "beside": beside_whole_ones}
 CASES |= {f"{label}-state": partial(states_in_and_out, label=label) for label in MOVING}
 CASES |= {f"{name}-losses-ddp": partial(same_losses, name=name, parallel="ddp") for name in ALL}
 CASES |= {f"{name}-losses-fsdp2": partial(same_losses, name=name, parallel="fsdp2") for name in PLAIN}

@@ -60,7 +60,7 @@ def run(
         spread, host = shards.is_sharded(p), on_host(p)
         if spread and p in shared:
             ok = shared[p]
-        elif g is not None and (host or spread):
+        elif g is not None and host:
             ok = admit(g, route.rule, route.h.check_finite)
         else:
             ok = None if g is None else True  # what is on a device is asked together, below
@@ -103,10 +103,11 @@ def _step_shared(task: Task, in_lists: dict[tuple, list[Task]]) -> None:
     """Step a parameter that ranks share, or put this rank's rows of it into a list."""
     by_rows = task.rule.elementwise and _by_rows(task.state, task.member.p)
     task = _on_rows(task) if by_rows else task
-    if _in_place(task) and by_rows:
-        in_lists[_kind(task)].append(task)
-    elif _in_place(task):
-        lists.step_gathered(task)
+    if _in_place(task):
+        if by_rows:
+            in_lists[_kind(task)].append(task)
+        else:
+            lists.step_gathered(task)
     elif task.rule.prepare is not None:
         step_stacked([task], 0)
     else:
@@ -121,7 +122,7 @@ def _way(task: Task, captured: bool) -> tuple[str, tuple]:
     member, g = task.member, task.g
     due = task.rule.refresh is not None and task.rule.due(task.count, task.h)
     kinds = [(name, t.dtype, t.is_contiguous()) for name, t in (("", member.p), ("", g), *task.state.items())]
-    now = member.route, due, captured, type(g), task.lost is None, kinds
+    now = member.route, due, captured, type(member.p), type(g), task.lost is None, [*task.extras], kinds
     if member.memo.get("now") != now:
         member.memo.update(now=now, way=_found(task))
     return member.memo["way"]

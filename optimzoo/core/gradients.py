@@ -31,21 +31,17 @@ def check_gradient(p: Tensor, name: str) -> None:
         raise RuntimeError(f"the gradient of {name!r} is complex; optimize torch.view_as_real of it instead")
 
 
-def admit(g: Tensor, rule: Any, check: bool) -> bool | Tensor:
-    """Whether this gradient may be used: a bool on the host, a 0-dim boolean tensor where asking would synchronise.
+def admit(g: Tensor, rule: Any, check: bool) -> bool:
+    """Whether this gradient, on the host, may be used; elsewhere asking would synchronise, and `judge` does.
 
     The sum of squares is the one pass that costs least; it also refuses finite gradients whose squares overflow, which
     would leave an infinity in every second moment.
     """
-    if not (check or rule.skips_zero) or (on_host(g) and not has_values(g)):
+    if not (check or rule.skips_zero) or not has_values(g):
         return True
-    size = _size(g)
-    if on_host(g):
-        value = size.item()
-        finite = not check or math.isfinite(value)
-        return finite and not (rule.skips_zero and value == 0 and not bool(g.any()))
-    ok = torch.isfinite(size) if check else torch.ones_like(size, dtype=torch.bool)
-    return ok & g.any() if rule.skips_zero else ok
+    size = _size(g).item()
+    finite = not check or math.isfinite(size)
+    return finite and not (rule.skips_zero and size == 0 and not bool(g.any()))
 
 
 def _size(g: Tensor) -> Tensor:
@@ -72,7 +68,7 @@ def judge(batches: Iterable[list["Task"]]) -> list[tuple[list[str], Tensor]]:
     The tasks of a batch have one rule, with its options, and gradients of one kind. Returns (names, verdicts).
     """
     alike: dict[tuple, list[Task]] = defaultdict(list)
-    empty: list[list[Task]] = []  # whose largest number is none
+    empty: list[list[Task]] = []  # which have no largest number
     for batch in batches:
         member, g = batch[0].member, batch[0].g
         if _asks(member):

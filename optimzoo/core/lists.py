@@ -30,8 +30,8 @@ class Part(NamedTuple):
 def step_list(batch: list[Task]) -> None:
     """`update` on parameters of one kind."""
     one, ok = batch[0], stacks.usable(batch)
-    wide = one.member.p.dtype == one.g.dtype == compute_dtype(one.g.dtype)
-    as_they_are = wide or one.rule.own_kernel(one.member.p, one.g)  # the first time this may raise
+    own = one.rule.own_kernel(one.member.p, one.g)  # before anything moves, as its first time may raise
+    as_they_are = own or one.member.p.dtype == one.g.dtype == compute_dtype(one.g.dtype)
     stacks.count(batch, ok)
     found_inf = None if ok is None else (~ok).to(torch.float32)
     if not as_they_are:

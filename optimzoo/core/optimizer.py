@@ -13,8 +13,8 @@ What a rule promises:
 3. `g` is read-only (it may be `p.grad` itself), `w` tells its shape and dtype alone (ranks that share it do not gather
    its values); what `direction` returns is a tensor of its own. `products` uses up what it is given.
 4. No tensor is read on the host. `step` may only meet `+ - * / **`.
-5. `update` does what `direction` and the engine's last line do, in float32 to its last digits; what becomes of a weight
-   depends on that weight and on gradients and slots, not on other weights.
+5. `update` does what `direction` and the engine's last line do, where gradients are finite, in float32 to its last
+   digits; what becomes of a weight depends on that weight and on gradients and slots, not on other weights.
 6. `host_update` does what `update` does, on a CPU in float32, but for weights whose gradient is not finite, or has
    squares that are not, where `check_finite` asks; it returns which ones it has stepped. Counters are the engine's.
 7. The direction comes before the learning rate and without weight decay; the engine applies both.

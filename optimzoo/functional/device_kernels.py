@@ -27,7 +27,7 @@ OPTIONS = {"enable_fp_fusion": False}  # else an element's digits would depend o
 # A kernel on tensors of its own, weights of that dtype: what is wrong with what it does, "" for nothing.
 Trial = Callable[[torch.device, torch.dtype], str]
 
-_told: set[tuple[Trial, torch.device]] = set()
+_told: set[tuple[str, torch.device]] = set()
 
 
 def takes(w: Tensor, g: Tensor, trial: Trial, otherwise: str) -> bool:
@@ -39,13 +39,14 @@ def takes(w: Tensor, g: Tensor, trial: Trial, otherwise: str) -> bool:
     """
     if on_host(w) or device_type(w) != "cuda" or capturing():
         return False
-    reason = _fault(trial, w.device, w.dtype) if has_values(w) and w.dtype in DTYPES else ""
-    if reason and (trial, w.device) not in _told:
-        _told.add((trial, w.device))
+    tried = w.dtype if fits(w, g) else torch.float32  # in which wide copies of the others step
+    reason = _fault(trial, w.device, tried) if has_values(w) else ""
+    if reason and (otherwise, w.device) not in _told:
+        _told.add((otherwise, w.device))
         warnings.warn(
             f"{otherwise} on {w.device}, as Triton does not work there: {reason}", RuntimeWarning, stacklevel=2
         )
-    return not reason and fits(w, g)  # in this order: wide copies of what does not fit may
+    return not reason and fits(w, g)
 
 
 def fits(w: Tensor, g: Tensor) -> bool:
@@ -63,13 +64,13 @@ def addresses(*lists: Sequence[Tensor]) -> np.ndarray:
     return np.array([[t.data_ptr() for t in tensors] for tensors in lists], dtype=np.int64)
 
 
-def table(programs: np.ndarray, aligned: np.ndarray, columns: Sequence[np.ndarray], like: Tensor) -> tuple[Tensor, int]:
+def table(programs: np.ndarray, vectors: np.ndarray, columns: Sequence[np.ndarray], like: Tensor) -> tuple[Tensor, int]:
     """(tensors, 2 + columns) int64 on the device of `like`, and the programs that all of them need.
 
     A row holds the number of a tensor's first program, whether its lines may be read as vectors, and the columns.
     """
     ends = np.cumsum(programs)
-    found = torch.from_numpy(np.stack((ends - programs, aligned, *columns), axis=1).astype(np.int64, copy=False))
+    found = torch.from_numpy(np.stack((ends - programs, vectors, *columns), axis=1).astype(np.int64, copy=False))
     if like.device.type != "cpu":
         found = found.pin_memory().to(like.device, non_blocking=True)  # the host would wait for any other copy
     return found, int(ends[-1])

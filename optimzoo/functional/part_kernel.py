@@ -35,12 +35,12 @@ class Averages(NamedTuple):
 
 def takes_parts(w: Tensor, g: Tensor) -> bool:
     """Whether a kernel may step rows or columns of this weight; where it fails its trial that is said once."""
-    return device_kernels.takes(w, g, _trial_of_parts, OTHERWISE)
+    return device_kernels.takes(w, g, trial_of_parts, OTHERWISE)
 
 
 def takes_all(w: Tensor, g: Tensor) -> bool:
     """Whether one may step all of this weight by the plain rule."""
-    return device_kernels.takes(w, g, _trial, OTHERWISE)
+    return device_kernels.takes(w, g, trial, OTHERWISE)
 
 
 def step_(
@@ -92,11 +92,12 @@ def _table(ws: Sequence[Tensor], gs: Sequence[Tensor], averages: Averages | None
     return *table(programs, vectors, (*found, rows, columns, chosen), ws[0]), int(chosen.max())
 
 
-def _trial_of_parts(device: torch.device, dtype: torch.dtype) -> str:
-    return _trial(device, dtype, "rows") or _trial(device, dtype, "columns")
+def trial_of_parts(device: torch.device, dtype: torch.dtype) -> str:
+    """`trial` of rows and of columns."""
+    return trial(device, dtype, "rows") or trial(device, dtype, "columns")
 
 
-def _trial(device: torch.device, dtype: torch.dtype, kind: str = "") -> str:
+def trial(device: torch.device, dtype: torch.dtype, kind: str = "") -> str:
     """Matrices of 1 of which a part of three, the first and the last among them, steps by AdamW and the rest by signs.
 
     The first matrix' rows are vectors, the second is flagged, the third's rows begin anywhere. With a gradient of -3,
@@ -108,20 +109,20 @@ def _trial(device: torch.device, dtype: torch.dtype, kind: str = "") -> str:
     parts = [torch.tensor([0, 5, shape[axis] - 1], device=device, dtype=torch.int32) for shape in shapes]
     first, second = ([w.float().index_select(axis, part) for w, part in zip(ws, parts, strict=True)] for _ in range(2))
     averages = Averages(parts, first, second, 1.0) if kind else None
-    step_(ws, [w * -3 for w in ws], _Options(), 0.5, found_inf, kind, averages)
+    step_(ws, [w * -3 for w in ws], Options(), 0.5, found_inf, kind, averages)
     for i, w in enumerate(ws):
         steps = bool(kind) and i != 1
         wanted = torch.full_like(w, 1.0 if i == 1 else 2.75)
         if steps:
             wanted.index_fill_(axis, parts[i].long(), 1.25)
-        ends = [float(t.mean()) for t in (first[i], second[i])]
-        if (w - wanted).abs().max() > 0.01 or ends != ([-3.0, 9.0] if steps else [1.0, 1.0]):
+        pairs = (w, wanted), (first[i], -3 if steps else 1), (second[i], 9 if steps else 1)
+        if not all((found - to).abs().max() <= 0.01 for found, to in pairs):  # nor where one is NaN
             return f"{kind or 'lines'} of matrix {i} with {dtype} end where they should not"
     return ""
 
 
-class _Options(NamedTuple):
-    """The trial's."""
+class Options(NamedTuple):
+    """A trial's."""
 
     state_free: str = "sign"
     state_free_lr_scale: float = 4.0

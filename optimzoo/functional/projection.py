@@ -44,7 +44,7 @@ def choose_(index: Tensor, seed: int, *, n: int) -> Tensor:
 
 
 def in_period(step: Any, gap: int) -> Any:
-    """The number, from 1, of a step in its period of `gap` steps, in each of which a part is chosen at the first."""
+    """The number, from 1, of a step in its period of `gap` steps; a part is chosen in the first of each."""
     return (step - 1) % gap + 1
 
 

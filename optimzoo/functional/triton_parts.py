@@ -99,7 +99,7 @@ def step_matrices(
             tl.load(row + 4),
             tl.load(row + 5),
         )
-        size = (top_row, m, k, deepest)
+        bounds = (top_row, m, k, deepest)
         how: tl.constexpr = (maximize, free, by_rows, tile_rows, some_rows)
         if tl.load(row + 1) != 0:
             w_at = tl.multiple_of(w_address.to(tl.pointer_type(w_type)), 16)
@@ -107,17 +107,17 @@ def step_matrices(
             m_at = tl.multiple_of(m_address.to(tl.pointer_type(tl.float32)), 16)
             v_at = tl.multiple_of(v_address.to(tl.pointer_type(tl.float32)), 16)
             even = n // 16 * 16  # which the compiler knows to be a multiple, and no promise about n itself
-            _tile(w_at, g_at, m_at, v_at, chosen, j, even, size, numbers, how)
+            _tile(w_at, g_at, m_at, v_at, chosen, j, even, bounds, numbers, how)
         else:
             w_at, g_at = w_address.to(tl.pointer_type(w_type)), g_address.to(tl.pointer_type(g_type))
             m_at, v_at = m_address.to(tl.pointer_type(tl.float32)), v_address.to(tl.pointer_type(tl.float32))
-            _tile(w_at, g_at, m_at, v_at, chosen, j, n, size, numbers, how)
+            _tile(w_at, g_at, m_at, v_at, chosen, j, n, bounds, numbers, how)
 
 
 @triton.jit
-def _tile(w_at, g_at, m_at, v_at, chosen, j, n, size, numbers, how: tl.constexpr):
+def _tile(w_at, g_at, m_at, v_at, chosen, j, n, bounds, numbers, how: tl.constexpr):
     """A few rows at a time: all of a tile's numbers would not fit into registers."""
-    top_row, m, k, deepest = size
+    top_row, m, k, deepest = bounds
     rate_grown, root, rate, scale, weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps = numbers
     maximize: tl.constexpr = how[0]
     free: tl.constexpr = how[1]
