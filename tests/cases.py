@@ -1,6 +1,8 @@
 """Tiny problems and awkward shapes, shared by the contract over the whole registry."""
 
+import os
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -56,6 +58,15 @@ def go_the_devices_way(monkeypatch, device: str = "xpu") -> None:
         for asked, answer in (("on_host", False), ("device_type", device)):
             if name.startswith("optimzoo.") and hasattr(module, asked):
                 monkeypatch.setattr(module, asked, lambda t, answer=answer: answer)
+
+
+def compiled_for_a_device(script: str, cache: Path) -> str:
+    """What goes wrong when a script compiles kernels for a GPU that need not be there, without the interpreter."""
+    surroundings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    surroundings["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
+    return "" if done.stdout == "compiled\n" else done.stdout + done.stderr
 
 
 def build(cls: type[ZooOptimizer], model: nn.Module, **options) -> ZooOptimizer:

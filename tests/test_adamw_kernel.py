@@ -1,9 +1,5 @@
 """AdamW's kernel for devices, run by Triton's interpreter: its arithmetic, its flags, where it takes over."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +9,7 @@ import optimzoo
 from optimzoo.core import AdamW
 from optimzoo.functional import adamw_kernel, device_kernels
 from optimzoo.functional.adamw_kernel import Options
-from tests.cases import give_gradients, go_the_devices_way, same
+from tests.cases import compiled_for_a_device, give_gradients, go_the_devices_way, same
 
 triton = pytest.importorskip("triton", reason="Triton is made for Linux alone")
 
@@ -328,11 +324,7 @@ print("compiled")
 
 def test_compiles_and_reads_several_elements_at_once(tmp_path):
     """For a GPU that need not be there, without the interpreter. No product is fused with a sum, in some elements."""
-    surroundings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "compiled\n", done.stderr
+    assert not compiled_for_a_device(COMPILE, tmp_path)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])

@@ -56,27 +56,21 @@ def run(
     shared, largest, captured = admit_shared(members), _largest(members), capturing()
     rate = functools.cache(lambda scale: lr * scale)  # where lr is on a device each product is a kernel
     for member in members:
-        p, g, route = member.p, member.p.grad, member.route
-        spread, host = shards.is_sharded(p), on_host(p)
-        if spread and p in shared:
-            ok = shared[p]
-        elif g is not None and host:
-            ok = admit(g, route.rule, route.h.check_finite)
-        else:
-            ok = None if g is None else True  # what is on a device is asked together, below
+        p, g, ok = member.p, member.p.grad, _known(member, shared)
         if ok is None:
             continue
         if ok is False:
             skipped.append(member.name)
             continue
         g = torch.zeros_like(p) if g is None else g.resolve_neg()  # other ranks have some rows of it
-        task = Task(member, g, states[p], rate(route.lr_scale), count, extras(p), lost.get(member.name))
+        task = Task(member, g, states[p], rate(member.route.lr_scale), count, extras(p), lost.get(member.name))
         if isinstance(ok, Tensor):
             task.verdicts = ok.view(1)
             unknown.append(([member.name], task.verdicts))
-        if spread:
+        if shards.is_sharded(p):
             _step_shared(task, in_lists)
             continue
+        host = on_host(p)
         way, kind = _way(task, captured)
         if way == LIST:
             in_lists[kind].append(task)
@@ -97,6 +91,16 @@ def run(
     for task in alone:
         _step_alone(task)
     return skipped, unknown
+
+
+def _known(member: Member, shared: dict[Tensor, bool | Tensor | None]) -> bool | Tensor | None:
+    """Whether the gradient may be used, None where there is none; True where `judge` is still to be asked."""
+    p, g, route = member.p, member.p.grad, member.route
+    if shards.is_sharded(p) and p in shared:
+        return shared[p]
+    if g is None:
+        return None
+    return admit(g, route.rule, route.h.check_finite) if on_host(p) else True
 
 
 def _step_shared(task: Task, in_lists: dict[tuple, list[Task]]) -> None:

@@ -88,9 +88,10 @@ def _judged(tasks: list["Task"]) -> Tensor:
         ok = found < math.inf if check else torch.ones_like(found, dtype=torch.bool)  # not where it is NaN either
         ok = ok & g.any() if rule.skips_zero else ok
     else:
-        ok = torch.ones(len(tasks), dtype=torch.bool, device=g.device)
         if check:  # squared: finite gradients whose squares overflow are refused too
             ok = torch.stack(torch._foreach_norm(gradients, dtype=compute_dtype(g.dtype))).square_() < math.inf
+        else:
+            ok = torch.ones(len(tasks), dtype=torch.bool, device=g.device)
         if rule.skips_zero:
             ok &= torch.stack(torch._foreach_norm(gradients, math.inf)) != 0
     for place, task in enumerate(tasks):

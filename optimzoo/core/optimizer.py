@@ -414,9 +414,14 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def _note(self, names: list[str], unknown: list[tuple[list[str], Tensor]]) -> None:
         self._skips.update(names)
-        for asked, verdicts in unknown:
+        alike: dict[torch.device, list[tuple[list[str], Tensor]]] = collections.defaultdict(list)
+        for asked, verdicts in unknown:  # one by one where ranks share parameters
+            alike[verdicts.device].append((asked, verdicts))
+        for entries in alike.values():
             bad: dict[str, Tensor] = {}
-            for name, one in zip(asked, (~verdicts).to(torch.int32).unbind(), strict=True):
+            every = torch.cat([verdicts for _, verdicts in entries])
+            told = [name for asked, _ in entries for name in asked]
+            for name, one in zip(told, (~every).to(torch.int32).unbind(), strict=True):
                 if name in bad:  # nobody keeps users from giving a name twice
                     self._device_skips[name].add_(one)
                 elif name in self._device_skips:

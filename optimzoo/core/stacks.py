@@ -85,7 +85,9 @@ def usable(tasks: list[Task]) -> Tensor | None:
         return None
     if all(task.verdicts is verdicts and task.place == first + i for i, task in enumerate(tasks)):
         return verdicts[first : first + len(tasks)]
-    return torch.stack([task.ok for task in tasks if task.ok is not None])
+    apart = [ok for ok in (task.ok for task in tasks) if ok is not None]
+    assert len(apart) == len(tasks), "each of a batch has a verdict, or none has"
+    return torch.stack(apart)
 
 
 def count(tasks: list[Task], ok: Tensor | None) -> None:

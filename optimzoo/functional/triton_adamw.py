@@ -45,12 +45,8 @@ def step_some(
         t = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32))).to(tl.float64)
         rate = read_rate(lr, lr_is_tensor)
         size, root = corrections(rate, t, log_beta1, log_beta2)
-        w_address, g_address, m_address, v_address = (
-            tl.load(row + 2),
-            tl.load(row + 3),
-            tl.load(row + 4),
-            tl.load(row + 5),
-        )
+        w_address, g_address = tl.load(row + 2), tl.load(row + 3)
+        m_address, v_address = tl.load(row + 4), tl.load(row + 5)
         w_base, g_base = w_address.to(tl.pointer_type(w_type)), g_address.to(tl.pointer_type(g_type))
         m_base, v_base = m_address.to(tl.pointer_type(tl.float32)), v_address.to(tl.pointer_type(tl.float32))
         # Pointers of their own: what is promised of one holds wherever it is used.

@@ -93,12 +93,8 @@ def step_matrices(
         top_row = tile // across * tile_rows
         j = tile % across * tile_columns + tl.arange(0, tile_columns)
         chosen = tl.load(row + 6).to(tl.pointer_type(tl.int32))
-        w_address, g_address, m_address, v_address = (
-            tl.load(row + 2),
-            tl.load(row + 3),
-            tl.load(row + 4),
-            tl.load(row + 5),
-        )
+        w_address, g_address = tl.load(row + 2), tl.load(row + 3)
+        m_address, v_address = tl.load(row + 4), tl.load(row + 5)
         bounds = (top_row, m, k, deepest)
         how: tl.constexpr = (maximize, free, by_rows, tile_rows, some_rows)
         if tl.load(row + 1) != 0:
