@@ -37,8 +37,7 @@ def exactly(w, g, m, v, t, lr, weight_decay, maximize) -> tuple[Tensor, ...]:
     return (1 - lr * weight_decay) * w - lr * u, m, v
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(("checked", "maximize"), [(False, True), (True, False)])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), torch.tensor([0.01], dtype=torch.float64)])
 @pytest.mark.parametrize(

@@ -154,8 +154,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("poisoned", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "poisoned"),
+    [(torch.float32, True), (torch.float32, False), (torch.float16, True), (torch.float64, False)],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_with_kernels_steps_as_one_without(method, dtype, poisoned, tried, monkeypatch):
     """Some at a time and the rest after them; float64 is PyTorch's in any case."""
@@ -422,7 +424,8 @@ tiles = {
     },
 }
 types = [(tl.float32, tl.float32), (tl.bfloat16, tl.bfloat16), (tl.float16, tl.float32)]
-for kernel, (w, g), flag in itertools.product(tiles, types, (True, False)):
+for kernel, (number, (w, g)) in itertools.product(tiles, enumerate(types)):
+    flag = number == 1
     fixed = {"checked": flag, "maximize": flag, "lr_is_tensor": flag, "w_type": w, "g_type": g, **tiles[kernel]}
     fixed |= {"free": "sign" if flag else "sgd"} if "free" in kernel.arg_names else {}
     fixed |= {"by_rows": flag} if "by_rows" in kernel.arg_names else {}
