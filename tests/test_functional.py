@@ -165,6 +165,17 @@ def test_newton_schulz_is_the_references_iteration():
         torch.testing.assert_close(polar.newton_schulz(x), torch.from_numpy(cosmos.newton_schulz(x.numpy())))
 
 
+@pytest.mark.parametrize("shape", [(128, 384), (384, 128)])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_narrow_steps_on_the_gram_matrix_err_as_plain_ones_do(shape, spectrum, monkeypatch):
+    x = matrix(shape, spectrum)
+    exact, found = polar.newton_schulz(x), polar.newton_schulz(x.bfloat16()).double()
+    monkeypatch.setattr(polar, "GRAM_FORM", float("inf"))
+    plain = polar.newton_schulz(x.bfloat16()).double()
+    assert not torch.equal(found, plain)
+    assert (found - exact).norm() < 1.1 * (plain - exact).norm()
+
+
 def test_polar_of_nothing_is_nothing():
     for function in (polar.newton_schulz, polar.polar_exact):
         assert torch.equal(function(torch.zeros(3, 5)).float(), torch.zeros(3, 5))

@@ -14,9 +14,10 @@ def norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
-def add_product_(x: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
-    """x (m, n) += alpha * left (m, k) @ right (k, n), in place; of all three there may be a batch, (batch, m, n)."""
-    return x.addmm_(left, right, alpha=alpha) if x.ndim == 2 else x.baddbmm_(left, right, alpha=alpha)
+def add_product_(x: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """x (m, n) <- beta x + alpha left (m, k) @ right (k, n); of all three there may be a batch, (batch, m, n)."""
+    add = x.addmm_ if x.ndim == 2 else x.baddbmm_
+    return add(left, right, alpha=alpha, beta=beta)
 
 
 def largest(x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def step_low_rank_(
         left = room[: g[block].numel()].view(g[block].shape)
         torch.addmm(g[block], *((low[block], basis.mT) if right else (basis[block], low)), alpha=-1, out=left)
         if unit is not None:
-            left.div_(unit).trunc_()
+            left.div_(unit, rounding_mode="trunc")
         u = rest(left, room)
         u.addmm_(*((direction[block], basis.mT) if right else (basis[block], direction)))
         change(w[block], u)

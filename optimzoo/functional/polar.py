@@ -19,7 +19,9 @@ ALIGNED = 8
 """Products on a device want rows of a multiple of these elements: 5461 take five times as long as 5504."""
 
 GRAM_FORM = 1.75
-"""Longer side over shorter above which `quintic_` works on the Gram matrix: (2 r + 17) s^3 products, not (10 r + 5)."""
+"""Longer side over shorter, r, above which k steps of `quintic_` work on Gram matrices: 2 r + 4 k - 3 for (2 r + 1) k."""
+LAST = 2
+"""Steps on the Gram matrix in narrow dtypes: the first ones have lifted small singular values out of its rounding."""
 
 
 def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,28 +41,42 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 def quintic_(x: Tensor, steps: int = 5) -> Tensor:
     """The iteration of `newton_schulz` alone: (m, n) or (batch, m, n), of norm at most 1 and used up -> the same.
 
-    Far from square the steps run on the Gram matrix of the shorter side s, and x takes part in the first and the last
-    product only. That squares singular values, which float32 bears (5 steps lift rounding to 2e-3 at most) and bfloat16
-    does not. Workspace beside x, the result included: (m, n) and (s, s), or four (s, s) where that is more.
+    Far from square steps run on the Gram matrix of the shorter side s, and x takes part in the first and the last
+    product of those only. That squares singular values, which float32 bears (5 steps lift rounding to 2e-3 at most). In
+    bfloat16 the last two steps do so: after three plain ones no error was seen to grow by a twentieth, while after two
+    some double. Workspace beside x, the result included: (m, n) and (s, s), or on the Gram matrix three (s, s), of
+    narrow numbers two.
+
+    On a device rows of narrow numbers are filled up with zeros, which stay zeros, where their length is an awkward one.
     """
+    narrow = x.dtype.itemsize < 4
+    if narrow and not on_host(x) and (beyond := x.shape[-1] % ALIGNED):
+        return quintic_(torch.nn.functional.pad(x, (0, ALIGNED - beyond)), steps)[..., : x.shape[-1]]
     s, longer = sorted(x.shape[-2:])
-    if longer <= GRAM_FORM * s or x.dtype.itemsize < 4:
-        return _iterate_(x, [QUINTIC] * steps)
-    tall = x.shape[-2] > x.shape[-1]
-    poly = _gram_steps(x.mT @ x if tall else x @ x.mT, steps)
-    return x @ poly if tall else poly @ x
+    on_gram = 0 if longer <= GRAM_FORM * s else min(steps, LAST) if narrow else steps
+    x, room = _iterate_(x, [QUINTIC] * (steps - on_gram))
+    return _on_gram_(x, room, on_gram) if on_gram else x
 
 
-def _gram_steps(gram: Tensor, steps: int) -> Tensor:
-    """(..., s, s), used up -> (..., s, s): the product of all steps' polynomials a + b k + c k², with k <- p k p."""
-    product = gram
-    for step in range(steps):
-        room = gram.clone()
-        poly = _polynomial(room, QUINTIC)
-        if step < steps - 1:
-            torch.matmul(torch.matmul(poly, gram, out=room), poly, out=gram)
-        product = torch.matmul(product, poly, out=room) if step else poly
-    return product
+def _on_gram_(x: Tensor, room: Tensor, steps: int) -> Tensor:
+    """The last `steps` of `quintic_`, which multiply x by the product of their polynomials."""
+    gram, product = _gram(x, room), None
+    for step in range(1, steps + 1):
+        product = _step_on_gram_(gram, product, last=step == steps)
+    assert product is not None
+    if steps > 1:
+        product = product.clone()  # out of the room that the result takes
+    # Transposed, as a tall matrix is to end in the bits of one that lies on its side.
+    return _multiply(*((x, product.mT) if x.shape[-2] > x.shape[-1] else (product, x)), out=room)
+
+
+def _step_on_gram_(gram: Tensor, product: Tensor | None, last: bool) -> Tensor:
+    """`product` times p = a + b k + c k², where k is the Gram matrix, which becomes p k p, or room after the last."""
+    spare = gram if last else gram.clone()
+    poly = _polynomial(spare, QUINTIC)
+    if not last:
+        _multiply(_multiply(poly, gram, out=spare), poly, out=gram)
+    return poly if product is None else _multiply(product, poly, out=spare)
 
 
 def polar_exact(x: Tensor) -> Tensor:
@@ -81,7 +97,7 @@ def polar_exact(x: Tensor) -> Tensor:
 
 def exact_(x: Tensor) -> Tensor:
     """The iteration of `polar_exact` alone: (m, n) or (batch, m, n), of norm at most 1 and used up -> the same."""
-    return _iterate_(x, [QUINTIC] * 8 + [CUBIC_CONTACT] * 4)
+    return _iterate_(x, [QUINTIC] * 8 + [CUBIC_CONTACT] * 4)[0]
 
 
 def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
@@ -91,25 +107,30 @@ def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     return x.flatten(0, -3) if x.ndim > 3 else x
 
 
-def _iterate_(x: Tensor, steps: list[Coefficients]) -> Tensor:
+def _iterate_(x: Tensor, steps: list[Coefficients]) -> tuple[Tensor, Tensor]:
     """Every step x <- (a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two.
 
     Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix.
-    On a device rows of narrow numbers are filled up with zeros, which stay zeros, where their length is an awkward one.
+    Returns both.
     """
-    if x.dtype.itemsize < 4 and not on_host(x) and (beyond := x.shape[-1] % ALIGNED):
-        return _iterate_(torch.nn.functional.pad(x, (0, ALIGNED - beyond)), steps)[..., : x.shape[-1]]
     x = x.contiguous()
-    tall, room, poly = x.shape[-2] > x.shape[-1], torch.empty_like(x), None
-    multiply = torch.mm if x.ndim == 2 else torch.bmm
-    shape = (*x.shape[:-2], *[min(x.shape[-2:])] * 2)
+    room, poly = torch.empty_like(x), None
     for coefficients in steps:
-        gram = room.view(-1)[: math.prod(shape)].view(shape)
-        multiply(*((x.mT, x) if tall else (x, x.mT)), out=gram)
-        poly = _polynomial(gram, coefficients, poly)
-        multiply(*((x, poly) if tall else (poly, x)), out=room)
+        poly = _polynomial(_gram(x, room), coefficients, poly)
+        _multiply(*((x, poly) if x.shape[-2] > x.shape[-1] else (poly, x)), out=room)
         x, room = room, x
-    return x
+    return x, room
+
+
+def _gram(x: Tensor, room: Tensor) -> Tensor:
+    """x xᵀ, or xᵀ x of a tall one, in the room of a tensor of x's size."""
+    shape = (*x.shape[:-2], *[min(x.shape[-2:])] * 2)
+    pair = (x.mT, x) if x.shape[-2] > x.shape[-1] else (x, x.mT)
+    return _multiply(*pair, out=room.view(-1)[: math.prod(shape)].view(shape))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
 
 
 def _polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:

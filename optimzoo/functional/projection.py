@@ -135,7 +135,7 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
     if kind not in LOW_RANK:
         return g
     rest = add_lifted_(g.clone(), part, low, alpha=-1)
-    return rest.div_(noise_unit(g, part.shape[-1])).trunc_() if signed else rest
+    return rest.div_(noise_unit(g, part.shape[-1]), rounding_mode="trunc") if signed else rest
 
 
 def noise_unit(g: Tensor, rank: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Leading subspaces of a matrix: found once, then followed by power iteration."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,11 +9,14 @@ from optimzoo.functional.norms import add_product_, norm
 from optimzoo.functional.random import generator
 from optimzoo.functional.slices import on_host
 
-EXACT_SIDE = 1024
-"""Up to this smaller side a decomposition costs no more than a few steps; above, a sketch finds the subspace."""
+EXACT_SHARE = 4
+"""Up to a smaller side of so many times the rank all eigenvectors cost less than the leading ones alone."""
 
-PASSES = 8
-"""Passes of a sketch of three times the rank: 0.999 of the energy even of a Gaussian matrix."""
+GRAM_SIDE = 1024
+"""Up to this smaller side a Gram matrix is made once; above, and without its memory, each product is two with g."""
+
+POWERS, FILTERS = 2, 3
+"""Passes that find the subspace: 0.999 of the energy even of a Gaussian matrix whose smaller side is 16 ranks."""
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -41,6 +46,11 @@ def near_orthonormal(x: Tensor, basis: Tensor) -> Tensor:
     return torch.where(good[..., None, None], turned.to(x.dtype), basis)
 
 
+def _orthonormal(x: Tensor, basis: Tensor) -> Tensor:
+    """One of the two, by what is fast where x is."""
+    return orthonormal(x) if on_host(x) else near_orthonormal(x, basis)
+
+
 def random_basis_(basis: Tensor, seed: int) -> None:
     """Fill (n, r) with orthonormal columns that depend on the seed alone, drawn on the host for all devices alike."""
     basis.copy_(orthonormal(torch.randn(basis.shape, generator=generator(seed), dtype=torch.float64)))
@@ -49,19 +59,39 @@ def random_basis_(basis: Tensor, seed: int) -> None:
 def leading_basis(g: Tensor, rank: int, seed: int) -> Tensor:
     """(m, n) -> (n, rank): orthonormal, the leading right singular vectors of g in descending order.
 
-    From the eigenvectors of the smaller Gram matrix up to `EXACT_SIDE`. Above, block power iteration from a seeded
-    Gaussian (Halko, Martinsson and Tropp 2011, arXiv:0909.4061), which needs products with g only.
+    Eigenvectors of the Gram matrix of the shorter side, turned to the other where n is longer.
     """
-    m, n = g.shape
-    if min(m, n) <= EXACT_SIDE:
-        if n <= m:
-            return leading_vectors(g.mT @ g, rank)
-        return orthonormal(g.mT @ leading_vectors(g @ g.mT, rank))
-    sketch = torch.randn(n, min(3 * rank, m, n), generator=generator(seed)).to(g)
-    for _ in range(PASSES):
-        sketch = orthonormal(g.mT @ (g @ sketch))
-    image = g @ sketch
-    return sketch @ leading_vectors(image.mT @ image, rank)
+    tall = g if g.shape[0] >= g.shape[1] else g.mT
+    side = tall.shape[1]
+    gram = tall.mT @ tall if side <= max(GRAM_SIDE, EXACT_SHARE * rank) else None
+    if gram is not None and side <= EXACT_SHARE * rank:
+        vectors = leading_vectors(gram, rank)
+    else:
+        columns = min(side, rank + max(rank // 2, 32))
+        start = torch.randn(side, columns, generator=generator(seed)).div_(side**0.5).to(g)
+        vectors = _filtered(lambda x: tall.mT @ (tall @ x) if gram is None else gram @ x, start, rank)
+    return vectors if tall is g else orthonormal(tall @ vectors)
+
+
+def _filtered(product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
+    """(n, k) -> (n, rank): the leading eigenvectors, those first, of a positive H that `product` multiplies by.
+
+    Power iteration on more columns than are asked for (Halko, Martinsson and Tropp 2011, arXiv:0909.4061), then by the
+    Chebyshev polynomial 2 y^2 - 1 of y = 2 H / edge - 1: at most 1 up to `edge`, what H does to the least of the
+    columns, and above it grows as fast as a polynomial of its degree can (Saad, "Chebyshev acceleration techniques",
+    1984). Higher degrees grow so fast that rounding of the largest eigenvectors hides the smallest.
+    """
+    for _ in range(POWERS):
+        image = product(x)
+        energy = (x * image).sum(0)
+        x = _orthonormal(image, x)
+    info = torch.finfo(x.dtype)
+    top = energy.max().clamp_min(info.tiny)
+    half = (energy.min() / top).clamp_min(info.eps) / 2
+    for _ in range(FILTERS):
+        y = product(x).div_(top).sub_(x * half)  # times 2 top / edge, which neither overflows nor matters
+        x = _orthonormal(product(y).div_(top).sub_(y * half).sub_(x * (half * half / 2)), x)
+    return x @ leading_vectors(x.mT @ product(x), rank)
 
 
 def leading_vectors(gram: Tensor, rank: int) -> Tensor:
@@ -78,12 +108,12 @@ def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
 
         U <- QR(H U)        S <- U^T H U, symmetrised
     """
-    across = (gram @ basis.mT).mul_(decay)  # H U on its side: rows are fast to write
-    add_product_(across, (g @ basis).mT, g, alpha=1 - decay)
-    turned = orthonormal(across.mT) if on_host(g) else near_orthonormal(across.mT, basis)
+    across = gram @ basis.mT  # H U on its side: rows are fast to write
+    add_product_(across, (g @ basis).mT, g, alpha=1 - decay, beta=decay)
+    turned = _orthonormal(across.mT, basis)
     turn = basis.mT @ turned
     basis.copy_(turned)
     image = g @ basis
-    projected = add_product_((turn.mT @ gram @ turn).mul_(decay), image.mT, image, alpha=1 - decay)
-    gram.copy_(projected).add_(projected.mT).mul_(0.5)
+    projected = add_product_(turn.mT @ gram @ turn, image.mT, image, alpha=(1 - decay) / 2, beta=decay / 2)
+    torch.add(projected, projected.mT, out=gram)
     return image

@@ -116,5 +116,4 @@ def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float
     add_product_(d, low, basis.mT, alpha=-1)
     size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
     alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
-    d = d.to(product_dtype(g))
-    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype))
+    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype)).to(product_dtype(g))
