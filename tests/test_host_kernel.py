@@ -34,6 +34,11 @@ CASES = {
     "sm3": ("SM3", {}),
 }
 cases = pytest.mark.parametrize(("rule", "options"), CASES.values(), ids=CASES)
+IN_BASES = {  # whose products are the library's; of what is left, which signs are noise depends on the dtype
+    "svd-sgd": ("FRUGAL", FRUGAL | {"projection": "svd", "state_free": "sgd", "state_free_lr_scale": 0.5}),
+    "random-none": ("FRUGAL", FRUGAL | {"projection": "random", "state_free": "none"}),
+}
+all_cases = pytest.mark.parametrize(("rule", "options"), (CASES | IN_BASES).values(), ids=CASES | IN_BASES)
 
 
 NARROW = host_kernel.NARROW
@@ -76,7 +81,7 @@ def optimizer(rule: str, named, **options):
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("poison", [None, torch.nan, -torch.inf])
-@cases
+@all_cases
 def test_steps_as_pytorch_does_in_float64(rule, options, poison, maximize, stepped):
     own, exact = parameters(), parameters(torch.float64)
     shared = {"weight_decay": 0.1, "maximize": maximize, **options}
@@ -96,7 +101,7 @@ def test_steps_as_pytorch_does_in_float64(rule, options, poison, maximize, stepp
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e20])
-@cases
+@all_cases
 def test_what_a_bad_gradient_would_change_stays_to_the_bit(rule, options, poison, stepped):
     """Also where only squares are too large, and where the last of many threads sees it."""
     named, before = parameters(shapes=[*SHAPES, (2000, 100)]), torch.get_num_threads()
@@ -122,7 +127,7 @@ def test_what_a_bad_gradient_would_change_stays_to_the_bit(rule, options, poison
     assert opt.skipped() == {name: 20 for name, p in named if p.numel()}
 
 
-@cases
+@all_cases
 def test_without_the_check_whatever_comes_is_stepped(rule, options):
     named = parameters()
     opt = optimizer(rule, named, engine="compiled", check_finite=False, weight_decay=0.1, **options)
@@ -132,6 +137,27 @@ def test_without_the_check_whatever_comes_is_stepped(rule, options):
     assert opt.skipped() == {}
     for (_, p), (_, before) in zip(named, parameters(), strict=True):
         assert ((p != before).double().mean() > 0.9) == bool(p.numel())
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_signs_of_what_a_basis_leaves_are_those_without_the_kernel(maximize, stepped):
+    shapes = [(70, 65), (65, 140), (300, 5), (40, 1025)]
+    found = []
+    for engine in ("auto", "compiled"):
+        named = parameters(shapes=shapes)
+        options = FRUGAL | {"projection": "svd", "maximize": maximize, "state_free_lr_scale": 0.5}
+        opt = optimizer("FRUGAL", named, engine=engine, weight_decay=0.1, **options)
+        for step in range(5):
+            give(named, step)
+            if step == 4:  # within the basis, where all that is left is noise
+                for _, p in named:
+                    part = opt.state[p]["part"]
+                    p.grad = p.grad @ part @ part.T if p.shape[0] >= p.shape[1] else part @ (part.T @ p.grad)
+            opt.step()
+        found.append([p.detach() for _, p in named])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert stepped
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])

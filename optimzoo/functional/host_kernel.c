@@ -34,6 +34,10 @@ typedef struct {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* As torch's: what is no number stays. */
+static inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+static inline float smaller(float a, float b) { return b < a || b != b ? b : a; }
+
 /* The one form keeps a constant as it is, however near 1 beta is; the other is exactly `new` where beta is 0. */
 static inline float lerp(float old, float new, float beta, float rest) {
     return beta > 0.5f ? old + rest * (new - old) : new - beta * (new - old);
@@ -131,6 +135,43 @@ static int usable(const float *g, int64_t n, int32_t *bad) {
     return !*bad;
 }
 
+/* The largest size of a number, and what is none where there is one, of a gradient that is checked as in `step`. */
+float largest(const float *g, int64_t n, int32_t *bad, const Options *options, int threads) {
+    float most = 0;
+    #pragma omp parallel num_threads(threads) if (n > SMALL)
+    {
+        float found[LANES] = {0}, mine = 0;
+        if (!options->check || usable(g, n, bad)) {
+            #pragma omp for schedule(static) nowait
+            for (int64_t at = 0; at < n; at += LANES) {
+                const int64_t end = least(LANES, n - at);
+                for (int64_t l = 0; l < end; l++) found[l] = larger(found[l], fabsf(g[at + l]));
+            }
+        }
+        for (int l = 0; l < LANES; l++) mine = larger(mine, found[l]);
+        #pragma omp critical
+        most = larger(most, mine);
+    }
+    return most;
+}
+
+/* A rule without state on what a basis leaves of each number of a gradient: `inside` is what lies in it. A sign is 0
+ * where that is below `noise`. */
+void outside(float *restrict w, const float *restrict g, const float *restrict inside, int64_t n, float noise,
+             const Options *options, int threads) {
+    const Options o = *options;
+    const float size = o.up * o.rate;
+    #pragma omp parallel for schedule(static) num_threads(threads) if (n > SMALL)
+    for (int64_t at = 0; at < n; at += LANES) {
+        const int64_t end = least(LANES, n - at);
+        for (int64_t l = 0; l < end; l++) {
+            const int64_t i = at + l;
+            const float left = g[i] - inside[i], sign = (float)(left >= noise) - (float)(left <= -noise);
+            w[i] = w[i] * o.keep - size * (o.free == SIGN ? sign : o.free == GRADIENT ? left : 0);
+        }
+    }
+}
+
 /* Whether an index is what `line` relies on. A checkpoint may hold anything. */
 static int ascends(const int32_t *index, int64_t chosen, int64_t end) {
     int64_t last = -1;
@@ -170,10 +211,6 @@ int64_t step(const Step *table, const Correction *corrections, int32_t *bad, int
     }
     return -1;
 }
-
-/* As torch's: what is no number stays. */
-static inline float larger(float a, float b) { return b > a || b != b ? b : a; }
-static inline float smaller(float a, float b) { return b < a || b != b ? b : a; }
 
 /* One row of SM3: the smaller of its accumulator and of the column's, plus g^2; returns the largest of them. */
 static float cover(float *restrict w, const float *restrict g, const float *restrict column, float *restrict highest,

@@ -1,8 +1,8 @@
 """Steps of any number of float32 tensors on a CPU by one call of a kernel in C: `engine="compiled"`.
 
-What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here, after the check. The kernel
-is compiled when it is first asked for, once a process, in half a second, which needs a C compiler with OpenMP. It is
-called by address, so it takes plain, contiguous tensors only.
+What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here, after the check; what a basis
+leaves of them takes two beside the products. The kernel is compiled when it is first asked for, once a process, in half
+a second, which needs a C compiler with OpenMP. It is called by address, so it takes plain, contiguous tensors only.
 """
 
 import ctypes
@@ -66,6 +66,10 @@ class Averages(NamedTuple):
     steps: Sequence[float]
     chosen: Sequence[Tensor] | None = None
 
+    def of(self, i: int) -> "Averages":
+        """Those of one tensor, as of all its elements."""
+        return Averages([self.exp_avg[i]], [self.exp_avg_sq[i]], [self.steps[i]])
+
 
 def works() -> bool:
     """Whether the kernel could be compiled, which is tried once; where not, the first time warns."""
@@ -88,6 +92,13 @@ def reads(t: Tensor, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
         return False
     end = (t.storage_offset() + t.numel()) * t.element_size()  # some free a storage and keep its tensors
     return t.is_contiguous() and t.untyped_storage().nbytes() >= end
+
+
+def readable(new: Tensor) -> Tensor:
+    """A tensor made for the kernel; raises where a mode makes others."""
+    if not reads(new):
+        raise RuntimeError(f"engine='compiled': new tensors have no memory here, but are {type(new).__name__}s")
+    return new
 
 
 def step_(
@@ -137,14 +148,29 @@ def sm3_step_(w: Tensor, g: Tensor, h: Any, lr: float, accumulators: Sequence[Te
     Returns whether it was stepped, as `step_` does. Temporaries: a row for each thread that has one.
     """
     threads = min(torch.get_num_threads(), w.shape[0])
-    room, bad = w.new_zeros(threads, w.shape[1]), array("i", [0])
-    if not reads(room):
-        raise RuntimeError(f"engine='compiled': new tensors have no memory here, but are {type(room).__name__}s")
+    room, bad = readable(w.new_zeros(threads, w.shape[1])), array("i", [0])
     addresses = [t.data_ptr() for t in (w, g, *accumulators, room)]
     options = _options(h, lr, rate=lr, eps=math.sqrt(h.eps))
     _compiled()[0].sm3(*addresses, _at(bad), *w.shape, options, threads)
     increment_version([w, *accumulators])
     return not bad[0]
+
+
+def largest(g: Tensor, h: Any) -> float | None:
+    """The largest size of a number in it; None where it cannot be used and `h.check_finite` asks for that."""
+    bad = array("i", [0])
+    found = _compiled()[0].largest(g.data_ptr(), g.numel(), _at(bad), _options(h, 0.0), torch.get_num_threads())
+    return None if bad[0] else found
+
+
+def step_outside_(
+    w: Tensor, g: Tensor, inside: Tensor, h: Any, lr: float, free: tuple[str, float], noise: float
+) -> None:
+    """`step_` without averages on g - inside, of which as a sign nothing below `noise` counts. No temporaries."""
+    kind, scale = free
+    options, addresses = _options(h, lr, free=FREE[kind], rate=lr * scale), [t.data_ptr() for t in (w, g, inside)]
+    _compiled()[0].outside(*addresses, w.numel(), noise, options, torch.get_num_threads())
+    increment_version([w])
 
 
 def _options(h: Any, lr: float, **others: float) -> Any:
@@ -177,7 +203,10 @@ def _compiled() -> tuple[Any, str]:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         library.step.argtypes = [*[pointer] * 3, number, pointer, number, ctypes.c_int]
         library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
+        library.largest.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
+        library.outside.argtypes = [*[pointer] * 3, number, ctypes.c_float, pointer, ctypes.c_int]
         library.step.restype, library.sm3.restype = number, None
+        library.largest.restype, library.outside.restype = ctypes.c_float, None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         return None, str(error) or type(error).__name__
     return library, ""

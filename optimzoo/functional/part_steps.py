@@ -4,13 +4,15 @@ They do what `take`, two directions and `put_` do, without the direction of a wh
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimzoo.functional import host_kernel
 from optimzoo.functional.directions import stateless_direction
-from optimzoo.functional.projection import noise_unit
+from optimzoo.functional.projection import LOW_RANK, noise_share, noise_unit
 from optimzoo.functional.slices import has_values, pieces
 
 PIECE = 1 << 20  # elements handled at a time on a CPU: with a quarter of them, threads wait a tenth longer
@@ -110,6 +112,45 @@ def step_low_rank_(
         u = rest(left, room)
         u.addmm_(*((direction[block], basis.mT) if right else (basis[block], direction)))
         change(w[block], u)
+
+
+def compiled_step_(
+    ws: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    h: Any,
+    lr: float,
+    kind: str,
+    averages: host_kernel.Averages,
+    free: tuple[str, float],
+) -> list[bool]:
+    """`host_kernel.step_` with parts of any kind: in a basis, `averages.chosen`, AdamW steps one matrix at a time."""
+    if kind not in LOW_RANK or averages.chosen is None:
+        return host_kernel.step_(ws, gs, h, lr, kind, averages, free)
+    every = enumerate(zip(ws, gs, averages.chosen, strict=True))
+    return [_compiled_low_rank_(w, g, h, lr, basis, averages.of(i), free) for i, (w, g, basis) in every]
+
+
+def _compiled_low_rank_(
+    w: Tensor, g: Tensor, h: Any, lr: float, basis: Tensor, averages: host_kernel.Averages, free: tuple[str, float]
+) -> bool:
+    """`step_low_rank_` in fewer passes over memory; returns whether w was stepped."""
+    most = host_kernel.largest(g, h)
+    if most is None:
+        return False
+    right, rows = w.shape[0] >= w.shape[1], rows_in_piece(w)
+    low = host_kernel.readable(g @ basis if right else basis.mT @ g)
+    u, room = (host_kernel.readable(t) for t in (torch.zeros_like(low), _room(w, rows * w.shape[1])))
+    # What is at 0 ends at its own direction.
+    host_kernel.step_([u], [low], h._replace(weight_decay=0.0, check_finite=False), -1.0, "all", averages)
+    noise = max(most * noise_share(g, basis.shape[1]), torch.finfo(g.dtype).tiny)
+    for start in range(0, w.shape[0], rows):
+        block = slice(start, start + rows)
+        inside = room[: g[block].numel()].view(g[block].shape)
+        if free[0] != "none":
+            torch.mm(*((low[block], basis.mT) if right else (basis[block], low)), out=inside)
+        host_kernel.step_outside_(w[block], g[block], inside, h, lr, free, noise)
+        w[block].addmm_(*((u[block], basis.mT) if right else (basis[block], u)), alpha=-lr)
+    return True
 
 
 def rows_in_piece(w: Tensor) -> int:

@@ -19,7 +19,7 @@ ALIGNED = 8
 """Products on a device want rows of a multiple of these elements: 5461 take five times as long as 5504."""
 
 GRAM_FORM = 1.75
-"""Longer side over shorter, r, above which k steps of `quintic_` work on Gram matrices: 2 r + 4 k - 3 for (2 r + 1) k."""
+"""Longer side over shorter above which `quintic_` works on the Gram matrix, which takes fewer products there."""
 LAST = 2
 """Steps on the Gram matrix in narrow dtypes: the first ones have lifted small singular values out of its rounding."""
 

@@ -140,7 +140,12 @@ def rest_of(g: Tensor, part: Tensor, low: Tensor, kind: str, signed: bool) -> Te
 
 def noise_unit(g: Tensor, rank: int) -> Tensor:
     """(..., 1, 1): the rounding noise in what a basis of that rank leaves of g (..., m, n)."""
-    return largest(g).mul_(4 * rank**0.5 * torch.finfo(g.dtype).eps).clamp_min_(torch.finfo(g.dtype).tiny)
+    return largest(g).mul_(noise_share(g, rank)).clamp_min_(torch.finfo(g.dtype).tiny)
+
+
+def noise_share(g: Tensor, rank: int) -> float:
+    """The same as a multiple of the largest size of a number."""
+    return 4 * rank**0.5 * torch.finfo(g.dtype).eps
 
 
 def whose_turn(sizes: Mapping[str, int], density: float, period: int, seed: int) -> set[str]:

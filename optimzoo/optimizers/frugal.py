@@ -19,9 +19,8 @@ from optimzoo.core import AdamW, Lists, MatrixOptimizer, Route, Slot, Tensors, h
 from optimzoo.core.apply import apply_update
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.member import Member
-from optimzoo.functional import host_kernel, part_kernel
+from optimzoo.functional import host_kernel, part_kernel, part_steps
 from optimzoo.functional.directions import stateful_direction, stateless_direction
-from optimzoo.functional.part_steps import rest_direction, step_columns_, step_lines_, step_low_rank_, step_rows_
 from optimzoo.functional.projection import LOW_RANK, draw_, in_period, part_shapes, put_, rest_of, take, whose_turn
 from optimzoo.functional.slices import on_host
 
@@ -91,13 +90,14 @@ class FRUGAL(MatrixOptimizer):
 
     @staticmethod
     def fits_host_update(shape: tuple[int, ...], h: Any) -> bool:
-        return h.projection not in LOW_RANK and min(shape) >= host_kernel.NARROW
+        return min(shape) >= host_kernel.NARROW
 
     @staticmethod
     def host_update(ws: Tensors, gs: Tensors, h: Any, lr: float, *, slots: Lists, steps: list[float]) -> list[bool]:
         since = [in_period(step, h.update_gap) for step in steps]
         averages = host_kernel.Averages(slots["exp_avg"], slots["exp_avg_sq"], since, slots["part"])
-        return host_kernel.step_(ws, gs, h, lr, h.projection, averages, (h.state_free, h.state_free_lr_scale))
+        free = h.state_free, h.state_free_lr_scale
+        return part_steps.compiled_step_(ws, gs, h, lr, h.projection, averages, free)
 
     @staticmethod
     def in_place(h: Any, w: Tensor, g: Tensor) -> bool:
@@ -113,8 +113,8 @@ class FRUGAL(MatrixOptimizer):
         tau = in_period(step, h.update_gap)
         if not on_host(ws[0]):
             return part_kernel.step_(ws, gs, h, lr, found_inf, h.projection, part_kernel.Averages(**slots, step=tau))
-        in_basis = partial(step_low_rank_, signed=h.state_free == "sign")
-        move = {"columns": step_columns_, "rows": step_rows_}.get(h.projection, in_basis)
+        in_basis = partial(part_steps.step_low_rank_, signed=h.state_free == "sign")
+        move = {"columns": part_steps.step_columns_, "rows": part_steps.step_rows_}.get(h.projection, in_basis)
         up = h._replace(weight_decay=0.0)
 
         def part(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class FRUGAL(MatrixOptimizer):
             AdamW.update([u], [g], up, -1.0, None, slots=averages)  # what is at 0 ends at its own direction
             return u
 
-        rest = rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
+        rest = part_steps.rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
         change = partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)
         lists = ws, gs, slots["part"], slots["exp_avg"], slots["exp_avg_sq"]
         for w, g, chosen, exp_avg, exp_avg_sq in zip(*lists, strict=True):
@@ -194,7 +194,7 @@ class Stateless(MatrixOptimizer):
     def update(ws: Tensors, gs: Tensors, h: Any, lr: float | Tensor, found_inf: Tensor | None, *, slots: Lists) -> None:
         if not on_host(ws[0]):
             return part_kernel.step_(ws, gs, h, lr, found_inf)
-        rest = rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
+        rest = part_steps.rest_direction(h.state_free, h.state_free_lr_scale, h.maximize)
         change = partial(apply_update, lr=lr, weight_decay=h.weight_decay, ok=None, after=False)
         for w, g in zip(ws, gs, strict=True):
-            step_lines_(w, g, rest, change)
+            part_steps.step_lines_(w, g, rest, change)
