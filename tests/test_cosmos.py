@@ -11,7 +11,7 @@ from optimzoo import COSMOS
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional import subspace
 from optimzoo.memory import Workspace
-from tests.cases import bare, give_gradients, tiny
+from tests.cases import bare, give_gradients, go_the_devices_way, tiny
 from tests.reference import cosmos as reference
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "cosmos.npz")
@@ -132,8 +132,10 @@ def test_rounding_is_never_blown_up(shape, rank):
 
 
 @pytest.mark.parametrize("shape", [(96, 320), (320, 96), (512, 512)])
-@pytest.mark.parametrize("way", ["exact", "gram", "products"])
+@pytest.mark.parametrize("way", ["exact", "gram", "products", "a device's"])
 def test_the_first_basis_holds_the_energy(shape, way, monkeypatch):
+    if way == "a device's":
+        go_the_devices_way(monkeypatch)
     monkeypatch.setattr(subspace, "EXACT_SHARE", 16 if way == "exact" else 0)
     monkeypatch.setattr(subspace, "GRAM_SIDE", 0 if way == "products" else 1024)
     g = torch.randn(shape)  # the hardest case: no singular value stands out
