@@ -3,6 +3,7 @@
 import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import optimzoo
-from optimzoo.core import AdamW, host_lists
+from optimzoo.core import AdamW, host_lists, storage
 from optimzoo.functional import host_kernel
 from tests.cases import PLAIN, bare, build, same, tiny, train, weights
 
@@ -450,3 +451,143 @@ def test_what_is_no_number_stays_in_accumulators_where_nobody_checks():
         results.append((named[0][1].detach(), opt.state[named[0][1]]["slices"]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# ---- the last stage of rules with products --------------------------------------------------------------------------
+
+
+class Plain(NamedTuple):
+    """What it asks of options."""
+
+    weight_decay: float = 0.3
+    maximize: bool = False
+    check_finite: bool = True
+
+
+def at_rms(u: torch.Tensor, rms: float, eps: float) -> torch.Tensor:
+    return u * rms * u.numel() ** 0.5 / (u.norm() + eps).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def directions(shape: tuple[int, int], turned: bool) -> torch.Tensor:
+    x = torch.randn(*reversed(shape) if turned else shape).bfloat16()
+    return x.mT if turned else x
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(70, 65), (64, 96), (3, 9000), (9000, 3), (1, 1), (33, 1024)])
+def test_directions_come_to_their_size_and_move_weights_as_in_float64(shape, turned):
+    w, x, t = torch.randn(shape), directions(shape, turned), torch.randn(shape)
+    for leading, gamma, eps in ((None, 0.0, 0.0), (t, 0.2, 1e-3), (t, 0.0, 1e-8)):
+        found = w.clone()
+        given = None if leading is None else leading.clone()
+        host_kernel.conclude_(found, x, Plain(), 0.1, 0.5, eps, gamma, given)
+        u = x.double()
+        if leading is not None:
+            u = leading.double() + at_rms(u, gamma, eps)
+        wanted = (1 - 0.1 * 0.3) * w.double() - 0.1 * at_rms(u, 0.5, eps)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("leading", [False, True])
+def test_a_last_stage_does_not_depend_on_threads_nor_write_elsewhere(turned, leading):
+    shape, before, found = (513, 301), torch.get_num_threads(), []
+    w, x, t = torch.randn(shape), directions(shape, turned), torch.randn(shape)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        try:
+            around = [torch.full((64 + w.numel() + 64,), 7.0) for _ in range(2)]
+            inner = [a[64:-64].view(shape) for a in around]
+            for copy, source in zip(inner, (w, t), strict=True):
+                copy.copy_(source)
+            host_kernel.conclude_(inner[0], x, Plain(), 0.1, 0.5, 0.0, 0.2, inner[1] if leading else None)
+        finally:
+            torch.set_num_threads(before)
+        assert all((a[:64] == 7).all() and (a[-64:] == 7).all() for a in around)
+        found.append([inner[0]])
+    assert all(same(found[0], other) for other in found[1:])
+
+
+def test_zeros_are_no_direction_and_what_is_no_number_stays_one():
+    w, nothing = torch.randn(40, 70), torch.zeros(40, 70).bfloat16()
+    before = w.clone()
+    host_kernel.conclude_(w, nothing, Plain(weight_decay=0.0), 0.1, 1.0)
+    assert torch.equal(w, before)
+    nothing[3, 5] = torch.nan
+    host_kernel.conclude_(w, nothing, Plain(), 0.1, 1.0)
+    assert w.isnan().all()
+
+
+@pytest.fixture
+def concluded(monkeypatch) -> list[str]:
+    """The rules whose last stage was the kernel's."""
+    called, conclude = [], host_lists.conclude
+
+    def told(task, x, kept) -> bool:
+        done = conclude(task, x, kept)
+        called.extend([task.rule.__name__] * done)
+        return done
+
+    monkeypatch.setattr(host_lists, "conclude", told)
+    monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", True)
+    return called
+
+
+PRODUCTS = {
+    "cosmos": ("COSMOS", {"rank": 8}),
+    "cosmos-gamma-0": ("COSMOS", {"rank": 8, "gamma": 0.0, "nesterov": False}),
+    "swan": ("SWAN", {}),
+    "swan-off": ("SWAN", {"lr_ratio": 0.0}),
+}
+
+
+@pytest.mark.parametrize("poison", [None, torch.nan])
+@pytest.mark.parametrize(("rule", "options"), PRODUCTS.values(), ids=PRODUCTS)
+def test_rules_with_products_end_as_without_the_kernel(rule, options, poison, concluded):
+    found = []
+    for engine in ("auto", "compiled"):
+        named = parameters(shapes=[(70, 65), (70, 65), (65, 140), (140, 65), (300, 20)])
+        opt = optimizer(rule, named, engine=engine, weight_decay=0.1, **options)
+        for step in range(6):
+            give(named, step, poison)
+            opt.step()
+        found.append(([p.detach() for _, p in named], opt.skipped()))
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert found[0][1] == found[1][1]
+    assert concluded.count(rule) == 30 - sum(found[1][1].values())
+
+
+def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
+    """Weights that lie on their side, narrow ones, and rules with an end of their own."""
+    narrow = parameters(torch.bfloat16, [(70, 65)])
+    lying = [("w", nn.Parameter(torch.randn(65, 70).mT))]
+    transposed = [{"params": parameters(shapes=[(70, 65)]), "layout": "transposed"}]
+
+    class Own(optimzoo.SWAN):
+        @staticmethod
+        def conclude(u, h):
+            return torch.ones(u.shape)
+
+    for cls, given in ((optimzoo.COSMOS, narrow), (optimzoo.SWAN, lying), (optimzoo.SWAN, transposed), (Own, lying)):
+        with bare():
+            opt = cls(given, lr=0.1, engine="compiled")
+        (p,) = opt.param_groups[0]["params"]
+        before = p.detach().clone()
+        p.grad = torch.randn(70, 65).to(p.dtype)
+        opt.step()
+        assert (p != before).double().mean() > 0.5
+    assert not concluded
+
+
+@pytest.mark.parametrize("rule", ["COSMOS", "SWAN"])
+def test_autograd_sees_a_last_stage(rule, concluded):
+    named = parameters(shapes=[(80, 80)])
+    p = named[0][1]
+    opt = optimizer(rule, named, engine="compiled")
+    give(named, 0)
+    loss = (p * p).sum()
+    opt.step()
+    assert concluded
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from optimzoo.core.lists import possible
-from optimzoo.core.member import Member
+from optimzoo.core.member import Member, Task
 from optimzoo.core.routing import as_matrix, matrix_shape
 from optimzoo.core.storage import State
 from optimzoo.functional import host_kernel
+
+NARROW = (torch.bfloat16,)
 
 
 def wanted(member: Member, state: State, count: int) -> bool:
@@ -31,6 +33,18 @@ def step(members: Iterable[Member], states: dict[Tensor, State], lr: float | Ten
         route = member.route
         alike[route.rule, route.h, route.lr_scale, route.layout].append(member)
     return [name for batch in alike.values() for name in _step(batch, [states[m.p] for m in batch], lr, count)]
+
+
+def conclude(task: Task, x: Tensor, kept: list[Tensor]) -> bool:
+    """Change a weight by a rule's `host_conclude`, where that can: x in bfloat16, and all else in float32."""
+    p, rule, h, layout = task.member.p, task.rule, task.h, task.member.route.layout
+    if h.engine != "compiled" or rule.host_conclude is None or not any(host_kernel.reads(t, NARROW) for t in (x, x.mT)):
+        return False
+    w = as_matrix(p, layout) if host_kernel.reads(p) else x
+    if not all(host_kernel.reads(t) for t in (w, *kept)) or not host_kernel.works():
+        return False
+    rule.host_conclude(w, x, h, float(task.lr), *kept)
+    return True
 
 
 def _step(batch: list[Member], slots: list[State], lr: float | Tensor, count: int) -> list[str]:

@@ -17,6 +17,7 @@ What a rule promises:
    digits; what becomes of a weight depends on that weight and on gradients and slots, not on other weights.
 6. `host_update` does what `update` does, on a CPU in float32, but for weights whose gradient is not finite, or has
    squares that are not, where `check_finite` asks; it returns which ones it has stepped. Counters are the engine's.
+   `host_conclude` does what `conclude` and the engine's last line do, there, where products are in bfloat16.
 7. The direction comes before the learning rate and without weight decay; the engine applies both.
 8. On a device, `direction` and the stages may get several parameters of one shape at once: gradient and slots with one
    axis more before their own, and where these count, `step` (parameters, 1, ...).
@@ -102,11 +103,13 @@ class ZooOptimizer(torch.optim.Optimizer):
     prepare: ClassVar[Callable[..., tuple[Tensor, ...]] | None] = None
     products: ClassVar[Any]  # h -> function of a matrix, or of a batch of them
     conclude: ClassVar[Callable[..., Tensor]]
+    host_conclude: ClassVar[Callable[..., None] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "update" in vars(cls) and "host_update" not in vars(cls):
-            cls.host_update = None  # a parent's does what the parent's `update` did
+        for own, host in (("update", "host_update"), ("conclude", "host_conclude")):
+            if own in vars(cls) and host not in vars(cls):
+                setattr(cls, host, None)  # a parent's does what the parent's own did
         cls.options = options_of(cls)
         cls.Options = options_type(f"{cls.__name__}Options", cls.options)
         cls.__signature__ = signature(cls.options)  # type: ignore[attr-defined]  # read by inspect and notebooks

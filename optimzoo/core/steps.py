@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core import graphs, shards
+from optimzoo.core import graphs, host_lists, shards
 from optimzoo.core.apply import CHUNK, apply_update
 from optimzoo.core.member import Task
 from optimzoo.core.routing import as_matrix, from_matrix
@@ -94,7 +94,7 @@ def _prepared(task: Task) -> tuple:
 def _conclude(task: Task, x: Tensor, kept: list[Tensor]) -> None:
     if graphs.wanted(task):
         graphs.conclude(task, x, kept)
-    else:
+    elif not host_lists.conclude(task, x, kept):
         _change_matrix(task, task.rule.conclude(x, task.h, *kept))
 
 

@@ -4,10 +4,12 @@
  * becomes of an element is the same wherever it lies and however many threads there are.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-enum { LINE = 8192, LANES = 32, SEGMENT = 1024, SMALL = 1 << 15 };  /* elements */
+enum { LINE = 8192, LANES = 32, SEGMENT = 1024, TILE = 32, SMALL = 1 << 15 };  /* elements */
 enum { NONE, ALL, ROWS, COLUMNS };                                  /* the part of a tensor that has averages */
 enum { SIGN, GRADIENT, NOTHING };                                   /* the direction of what has none */
 
@@ -17,6 +19,7 @@ typedef struct {
     float beta1, beta2, eps;  /* of what has averages */
     float new1, new2;         /* 1 - beta1 and 1 - beta2, to their last digits */
     float rate;               /* lr of what has none, and SM3's */
+    float rms, gamma;         /* the root mean square of a direction, and of what is added to it */
     int32_t part;
     int32_t free;   /* the direction of what has none */
     int32_t check;  /* whether gradients are left out in which a number, or the squares of a line, are not finite */
@@ -247,6 +250,123 @@ void sm3(float *w, const float *g, float *row, float *column, float *room, int32
             float most = 0;
             for (int thread = 0; thread < threads; thread++) most = larger(most, room[thread * columns + i]);
             column[i] = most;
+        }
+    }
+}
+
+typedef uint16_t bfloat16;
+
+static inline float wide(bfloat16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+static double sum(const double *parts, int64_t n) {
+    double found = 0;
+    for (int64_t i = 0; i < n; i++) found += parts[i];
+    return found;
+}
+
+static double lanes(const float *sums) {
+    double found = 0;
+    for (int l = 0; l < LANES; l++) found += sums[l];
+    return found;
+}
+
+static double narrow_squares(const bfloat16 *x, int64_t n) {
+    float sums[LANES] = {0};
+    for (int64_t at = 0; at < n; at += LANES) {
+        const int64_t end = least(LANES, n - at);
+        for (int64_t l = 0; l < end; l++) sums[l] += wide(x[at + l]) * wide(x[at + l]);
+    }
+    return lanes(sums);
+}
+
+/* t += size * x; to `sums` the squares of what comes out. */
+static void add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size, float *restrict sums) {
+    for (int64_t at = 0; at < n; at += LANES) {
+        const int64_t end = least(LANES, n - at);
+        for (int64_t l = 0; l < end; l++) {
+            const float now = t[at + l] + size * wide(x[at + l]);
+            t[at + l] = now;
+            sums[l] += now * now;
+        }
+    }
+}
+
+static void move(float *restrict w, const float *restrict u, int64_t n, float keep, float size) {
+    for (int64_t i = 0; i < n; i++) w[i] = w[i] * keep - size * u[i];
+}
+
+static void move_narrow(float *restrict w, const bfloat16 *restrict u, int64_t n, float keep, float size) {
+    for (int64_t i = 0; i < n; i++) w[i] = w[i] * keep - size * wide(u[i]);
+}
+
+/* `m` rows from `row` on and `n` columns from `column` on of a matrix of which every column lies in a line of `rows`. */
+static void turn(bfloat16 tile[TILE][TILE], const bfloat16 *x, int64_t rows, int64_t row, int64_t m, int64_t column,
+                 int64_t n) {
+    x += column * rows + row;
+    if (m < TILE || n < TILE) {
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < m; i++) tile[i][j] = x[j * rows + i];
+        return;
+    }
+    for (int j = 0; j < TILE; j += 4, x += 4 * rows) {  /* four numbers at a time */
+        bfloat16 four[TILE][4];
+        for (int i = 0; i < TILE; i++)
+            for (int k = 0; k < 4; k++) four[i][k] = x[k * rows + i];
+        for (int i = 0; i < TILE; i++) memcpy(&tile[i][j], four[i], sizeof four[i]);
+    }
+}
+
+/* What brings `n` numbers of these squares to the root mean square `rms`; finite, as zeros stay zeros. */
+static float scale(double squares, float rms, float eps, int64_t n) {
+    return rms == 0 ? 0 : 1 / larger(FLT_MIN, ((float)sqrt(squares) + eps) / (rms * sqrtf((float)n)));
+}
+
+/* w (rows, columns) <- keep w - rate u, where u is x, or t + x with x at root mean square `gamma`, all of it at `rms`.
+ * x lies on its side where it is `turned`, t is used up, and `parts` has room for a sum of each line and of each tile. */
+void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows, int64_t columns, int turned,
+              const Options *options, int threads) {
+    const Options o = *options;
+    const int64_t n = rows * columns, lines = (n + LINE - 1) / LINE, blocks = (rows + TILE - 1) / TILE;
+    #pragma omp parallel num_threads(threads) if (n > SMALL)
+    {
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < lines; i++) parts[i] = narrow_squares(x + i * LINE, least(LINE, n - i * LINE));
+        double squares = sum(parts, lines);
+        #pragma omp barrier
+        if (t) {
+            const float size = scale(squares, o.gamma, o.eps, n);
+            #pragma omp for schedule(static)
+            for (int64_t i = 0; i < blocks; i++) {
+                const int64_t row = i * TILE, m = least(TILE, rows - row);
+                float sums[LANES] = {0};
+                if (!turned) add(t + row * columns, x + row * columns, m * columns, size, sums);
+                else for (int64_t column = 0; column < columns; column += TILE) {
+                    const int64_t k = least(TILE, columns - column);
+                    bfloat16 tile[TILE][TILE];
+                    turn(tile, x, rows, row, m, column, k);
+                    for (int64_t j = 0; j < m; j++) add(t + (row + j) * columns + column, tile[j], k, size, sums);
+                }
+                parts[i] = lanes(sums);
+            }
+            squares = sum(parts, blocks);
+        }
+        const float size = o.rate * scale(squares, o.rms, o.eps, n);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks; i++) {
+            const int64_t row = i * TILE, m = least(TILE, rows - row), at = row * columns;
+            if (t) move(w + at, t + at, m * columns, o.keep, size);
+            else if (!turned) move_narrow(w + at, x + at, m * columns, o.keep, size);
+            else for (int64_t column = 0; column < columns; column += TILE) {
+                const int64_t k = least(TILE, columns - column);
+                bfloat16 tile[TILE][TILE];
+                turn(tile, x, rows, row, m, column, k);
+                for (int64_t j = 0; j < m; j++) move_narrow(w + at + j * columns + column, tile[j], k, o.keep, size);
+            }
         }
     }
 }

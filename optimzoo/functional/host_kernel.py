@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+LINE, TILE = 8192, 32  # elements, and rows, of which there is one sum: the kernel's
 NARROW = 64  # rows, or numbers in one, below which a loop over rows may take longer than PyTorch
 SOURCE = Path(__file__).with_name("host_kernel.c")
 COMPILERS = ("cc", "gcc", "clang")  # without $CC
@@ -53,7 +54,10 @@ _warned = False
 
 class _Options(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "rate")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "rate", "rms", "gamma")
+        ),
         *((name, ctypes.c_int32) for name in ("part", "free", "check")),
     )
 
@@ -173,6 +177,21 @@ def step_outside_(
     increment_version([w])
 
 
+def conclude_(
+    w: Tensor, x: Tensor, h: Any, lr: float, rms: float, eps: float = 0.0, gamma: float = 0.0, t: Tensor | None = None
+) -> None:
+    """w <- (1 - lr * weight_decay) w - lr u for matrices (m, n): u is x in bfloat16, at the root mean square `rms`.
+
+    Or t + x, where x comes to the root mean square `gamma` before; t, in float32, is used up. `eps` is added to norms.
+    x may lie on its side in memory. Temporaries: 8 bytes for every 8192 elements or 32 rows.
+    """
+    parts, turned = array("d", bytes(8 * max(-(-w.numel() // LINE), -(-w.shape[0] // TILE)))), not x.is_contiguous()
+    options = _options(h, lr, rate=lr, rms=rms, eps=eps, gamma=gamma)
+    addresses = w.data_ptr(), None if t is None else t.data_ptr(), x.data_ptr(), _at(parts)
+    _compiled()[0].conclude(*addresses, *w.shape, turned, options, torch.get_num_threads())
+    increment_version([w])
+
+
 def _options(h: Any, lr: float, **others: float) -> Any:
     shared = {"keep": 1 - lr * h.weight_decay, "up": -1 if h.maximize else 1, "check": h.check_finite}
     return ctypes.byref(_Options(**shared, **others))
@@ -205,7 +224,8 @@ def _compiled() -> tuple[Any, str]:
         library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
         library.largest.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
         library.outside.argtypes = [*[pointer] * 3, number, ctypes.c_float, pointer, ctypes.c_int]
-        library.step.restype, library.sm3.restype = number, None
+        library.conclude.argtypes = [*[pointer] * 4, number, number, ctypes.c_int, pointer, ctypes.c_int]
+        library.step.restype, library.sm3.restype, library.conclude.restype = number, None, None
         library.largest.restype, library.outside.restype = ctypes.c_float, None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         return None, str(error) or type(error).__name__

@@ -22,6 +22,7 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
+from optimzoo.functional import host_kernel
 from optimzoo.functional.moments import factor
 from optimzoo.functional.norms import add_product_, norm, scale_to_rms_
 from optimzoo.functional.polar import quintic_
@@ -107,6 +108,11 @@ class COSMOS(MatrixOptimizer):
         u = u.to(adam.dtype, memory_format=torch.contiguous_format)
         add_product_(scale_to_rms_(u, h.gamma, h.eps), adam, basis.mT)
         return scale_to_rms_(u, h.lr_ratio, h.eps)
+
+    @staticmethod
+    def host_conclude(w: Tensor, u: Tensor, h: Any, lr: float, adam: Tensor, basis: Tensor) -> None:
+        leading = host_kernel.readable(adam @ basis.mT)
+        host_kernel.conclude_(w, u, h, lr, h.lr_ratio, h.eps, h.gamma, leading)
 
 
 def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.storage import compute_dtype, product_dtype
+from optimzoo.functional import host_kernel
 from optimzoo.functional.norms import scale_to_rms_, standardise_rows
 from optimzoo.functional.polar import exact_, quintic_
 
@@ -62,3 +63,7 @@ class SWAN(MatrixOptimizer):
     def conclude(u: Tensor, h: Any) -> Tensor:
         u = u.to(compute_dtype(u.dtype), memory_format=torch.contiguous_format)
         return scale_to_rms_(u, h.lr_ratio)
+
+    @staticmethod
+    def host_conclude(w: Tensor, u: Tensor, h: Any, lr: float) -> None:
+        host_kernel.conclude_(w, u, h, lr, h.lr_ratio)
