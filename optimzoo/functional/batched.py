@@ -21,15 +21,28 @@ def batch_is_as_alone(batch: int, shape: tuple[int, ...], dtype: torch.dtype, th
 def _tried(batch: int, m: int, inner: int, n: int, dtype: torch.dtype, threads: int, transposed: bool) -> bool:
     """(m, inner) @ (inner, n), with sums whose terms cancel: each result is what its own order of adding rounded off.
 
-    `transposed`: the second factor is laid out in memory as (n, inner).
+    `transposed`: the second factor is the first one's transpose. Little more memory than the step that it is for.
     """
     half = inner // 2
-    left = torch.arange(max(m, n) * inner, dtype=torch.float32, device="cpu").sin_().view(-1, inner).to(dtype)
+    left = _numbers(m, inner, dtype)
     left[:, half : 2 * half] = left[:, :half]
-    right = left[:n].clone()
-    right[:, half : 2 * half].neg_()
-    right = right if transposed else right.mT.contiguous()
-    lefts, rights = (t.expand(batch, -1, -1).contiguous() for t in (left[:m], right))
+    square = m == inner == n and not transposed
     if transposed:
-        rights = rights.mT
-    return torch.equal(torch.bmm(lefts, rights)[-1], torch.mm(lefts[-1], rights[-1]))
+        left[1::2, half : 2 * half].neg_()  # what every other line has in common with its neighbours cancels
+    elif square:
+        torch.neg(left[:half], out=left[half : 2 * half])
+    lefts = left.expand(batch, -1, -1).contiguous()
+    del left
+    if transposed or square:
+        rights = lefts.mT if transposed else lefts
+    else:
+        right = _numbers(inner, n, dtype)
+        torch.neg(right[:half], out=right[half : 2 * half])
+        rights = right.expand(batch, -1, -1).contiguous()
+        del right
+    found = torch.bmm(lefts, rights)
+    return torch.equal(found[-1], torch.mm(lefts[-1], rights[-1], out=found[0]))
+
+
+def _numbers(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(m * n, dtype=torch.float32, device="cpu").sin_().view(m, n).to(dtype)
