@@ -254,9 +254,11 @@ def test_products_on_a_device_have_aligned_rows(shape, monkeypatch):
     x = torch.randn(shape).bfloat16().div_(40)
     wanted = quintic_(x.clone())
     go_the_devices_way(monkeypatch)
-    rows, name = [], "mm" if x.ndim == 2 else "bmm"
-    product = getattr(torch, name)
-    monkeypatch.setattr(torch, name, lambda a, b, out: rows.append(out.shape[-1]) or product(a, b, out=out))
+    rows, name = [], "addmm" if x.ndim == 2 else "baddbmm"
+    add = getattr(torch, name)
+    monkeypatch.setattr(
+        torch, name, lambda *args, out, **more: rows.append(out.shape[-1]) or add(*args, out=out, **more)
+    )
     found = quintic_(x.clone())
     assert found.shape == shape
     last = -(-shape[-1] // 8) * 8

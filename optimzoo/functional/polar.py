@@ -1,6 +1,7 @@
 """The orthogonal polar factor of a matrix: U Vᵀ of x = U S Vᵀ, by polynomial iterations that need only products."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -43,9 +44,9 @@ def quintic_(x: Tensor, steps: int = 5) -> Tensor:
 
     Far from square steps run on the Gram matrix of the shorter side s, and x takes part in the first and the last
     product of those only. That squares singular values, which float32 bears (5 steps lift rounding to 2e-3 at most). In
-    bfloat16 the last two steps do so: after three plain ones no error was seen to grow by a twentieth, while after two
-    some double. Workspace beside x, the result included: (m, n) and (s, s), or on the Gram matrix three (s, s), of
-    narrow numbers two.
+    bfloat16 the last two steps do so: after three plain ones the error of a Gaussian matrix grows from 0.011 to 0.016,
+    that of decaying spectra by a twentieth. Workspace beside x, the result included: (m, n) and (s, s), or on the Gram
+    matrix three (s, s), of narrow numbers two.
 
     On a device rows of narrow numbers are filled up with zeros, which stay zeros, where their length is an awkward one.
     """
@@ -60,23 +61,28 @@ def quintic_(x: Tensor, steps: int = 5) -> Tensor:
 
 def _on_gram_(x: Tensor, room: Tensor, steps: int) -> Tensor:
     """The last `steps` of `quintic_`, which multiply x by the product of their polynomials."""
-    gram, product = _gram(x, room), None
+    tall, (multiply, _) = x.shape[-2] > x.shape[-1], _products(x)
+    gram, product = _corner(room), None
+    multiply(*((x.mT, x) if tall else (x, x.mT)), out=gram)
     for step in range(1, steps + 1):
         product = _step_on_gram_(gram, product, last=step == steps)
     assert product is not None
     if steps > 1:
         product = product.clone()  # out of the room that the result takes
     # Transposed, as a tall matrix is to end in the bits of one that lies on its side.
-    return _multiply(*((x, product.mT) if x.shape[-2] > x.shape[-1] else (product, x)), out=room)
+    return multiply(*((x, product.mT) if tall else (product, x)), out=room)
 
 
 def _step_on_gram_(gram: Tensor, product: Tensor | None, last: bool) -> Tensor:
-    """`product` times p = a + b k + c k², where k is the Gram matrix, which becomes p k p, or room after the last."""
-    spare = gram if last else gram.clone()
-    poly = _polynomial(spare, QUINTIC)
+    """p = a + b k + c k² times `product`, where k is the Gram matrix, which becomes p k p, or room after the last."""
+    (a, b, c), (multiply, add) = QUINTIC, _products(gram)
+    poly = add(gram, gram, gram, beta=b, alpha=c)
+    if last and product is not None:
+        return add(product, poly, product, beta=a, out=gram)
+    poly.diagonal(dim1=-2, dim2=-1).add_(a)
     if not last:
-        _multiply(_multiply(poly, gram, out=spare), poly, out=gram)
-    return poly if product is None else _multiply(product, poly, out=spare)
+        multiply(multiply(poly, gram), poly, out=gram)
+    return poly if product is None else multiply(poly, product)
 
 
 def polar_exact(x: Tensor) -> Tensor:
@@ -110,38 +116,34 @@ def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 def _iterate_(x: Tensor, steps: list[Coefficients]) -> tuple[Tensor, Tensor]:
     """Every step x <- (a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two.
 
-    Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix.
-    Returns both.
+    Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix,
+    of which x <- a x + k (b x + c k x) takes no more products, and rounds less. Returns both.
     """
     x = x.contiguous()
-    room, poly = torch.empty_like(x), None
-    for coefficients in steps:
-        poly = _polynomial(_gram(x, room), coefficients, poly)
-        _multiply(*((x, poly) if x.shape[-2] > x.shape[-1] else (poly, x)), out=room)
-        x, room = room, x
+    m, n = x.shape[-2:]
+    room, spare = torch.empty_like(x), x.new_empty(*x.shape[:-2], min(m, n), min(m, n))
+    multiply, add = _products(x)
+    here, there = _corner(x), _corner(room)  # before the loop, where it would take a tenth as long as a product
+    for a, b, c in steps:
+        if m == n:
+            multiply(x, x.mT, out=spare)
+            add(x, spare, x, beta=b, alpha=c, out=room)
+            add(x, spare, room, beta=a, out=x)
+        else:
+            multiply(*((x.mT, x) if m > n else (x, x.mT)), out=there)
+            add(there, there, there, beta=b, alpha=c, out=spare)
+            add(x, *((x, spare) if m > n else (spare, x)), beta=a, out=room)
+            x, room, here, there = room, x, there, here
     return x, room
 
 
-def _gram(x: Tensor, room: Tensor) -> Tensor:
-    """x xᵀ, or xᵀ x of a tall one, in the room of a tensor of x's size."""
-    shape = (*x.shape[:-2], *[min(x.shape[-2:])] * 2)
-    pair = (x.mT, x) if x.shape[-2] > x.shape[-1] else (x, x.mT)
-    return _multiply(*pair, out=room.view(-1)[: math.prod(shape)].view(shape))
+def _corner(room: Tensor) -> Tensor:
+    """Room for the smaller Gram matrix in that of a tensor."""
+    s = min(room.shape[-2:])
+    shape = (*room.shape[:-2], s, s)
+    return room.view(-1)[: math.prod(shape)].view(shape)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(a, b, out=out) if a.ndim == 2 else torch.bmm(a, b, out=out)
-
-
-def _polynomial(gram: Tensor, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
-    """(..., s, s), used up -> a + b k + c k² = c (k + b / 2c)² + a - b² / 4c, a product that nothing is added to.
-
-    In bfloat16 the sums on the diagonal round no worse than x itself does.
-    """
-    a, b, c = coefficients
-    gram.diagonal(dim1=-2, dim2=-1).add_(b / (2 * c))
-    out = torch.empty_like(gram) if out is None else out
-    square = torch.addmm if gram.ndim == 2 else torch.baddbmm
-    square(out, gram, gram, beta=0, alpha=c, out=out)
-    out.diagonal(dim1=-2, dim2=-1).add_(a - b * b / (4 * c))
-    return out
+def _products(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Of matrices, or of batches of them: a b, and beta x + alpha a b."""
+    return (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
