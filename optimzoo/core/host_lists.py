@@ -38,10 +38,10 @@ def step(members: Iterable[Member], states: dict[Tensor, State], lr: float | Ten
 def conclude(task: Task, x: Tensor, kept: list[Tensor]) -> bool:
     """Change a weight by a rule's `host_conclude`, where that can: x in bfloat16, and all else in float32."""
     p, rule, h, layout = task.member.p, task.rule, task.h, task.member.route.layout
-    if h.engine != "compiled" or rule.host_conclude is None or not any(host_kernel.reads(t, NARROW) for t in (x, x.mT)):
+    if h.engine != "compiled" or rule.host_conclude is None or not host_kernel.reads(p):
         return False
-    w = as_matrix(p, layout) if host_kernel.reads(p) else x
-    if not all(host_kernel.reads(t) for t in (w, *kept)) or not host_kernel.works():
+    w, narrow = as_matrix(p, layout), any(host_kernel.reads(t, NARROW) for t in (x, x.mT))
+    if not narrow or not all(host_kernel.reads(t) for t in (w, *kept)) or not host_kernel.works():
         return False
     rule.host_conclude(w, x, h, float(task.lr), *kept)
     return True
