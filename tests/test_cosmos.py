@@ -147,6 +147,13 @@ def test_the_first_basis_holds_the_energy(shape, way, monkeypatch):
     assert (sizes[1:] < sizes[:-1] * (1 + 1e-3)).all(), "in descending order"
 
 
+@pytest.mark.parametrize(("shape", "rank", "share"), [((1024, 1024), 64, 0.9994), ((2048, 512), 32, 0.999)])
+def test_filters_find_what_hardly_stands_out(shape, rank, share):
+    g = torch.randn(shape)
+    best = torch.linalg.svdvals(g)[:rank].square().sum()
+    assert (g @ subspace.leading_basis(g, rank, seed=0)).square().sum() > share * best
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-17, 1e16])
 @pytest.mark.parametrize("rank", [3, 192])
 def test_a_first_basis_is_one_whatever_the_gradients_size_and_rank(size, rank):

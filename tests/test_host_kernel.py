@@ -1,6 +1,7 @@
 """The kernel in C behind engine="compiled" on a CPU: its arithmetic, what it leaves alone, where it takes over."""
 
 import functools
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -474,7 +475,7 @@ def directions(shape: tuple[int, int], turned: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("shape", [(70, 65), (64, 96), (3, 9000), (9000, 3), (1, 1), (33, 1024)])
+@pytest.mark.parametrize("shape", [(70, 65), (64, 96), (3, 9000), (9000, 3), (1, 1), (33, 1024), (2, 400_000)])
 def test_directions_come_to_their_size_and_move_weights_as_in_float64(shape, turned):
     w, x, t = torch.randn(shape), directions(shape, turned), torch.randn(shape)
     for leading, gamma, eps in ((None, 0.0, 0.0), (t, 0.2, 1e-3), (t, 0.0, 1e-8)):
@@ -511,11 +512,55 @@ def test_a_last_stage_does_not_depend_on_threads_nor_write_elsewhere(turned, lea
 def test_zeros_are_no_direction_and_what_is_no_number_stays_one():
     w, nothing = torch.randn(40, 70), torch.zeros(40, 70).bfloat16()
     before = w.clone()
-    host_kernel.conclude_(w, nothing, Plain(weight_decay=0.0), 0.1, 1.0)
+    host_kernel.conclude_(w, nothing, Plain(weight_decay=0.0), 5.0, 1.0)
     assert torch.equal(w, before)
     nothing[3, 5] = torch.nan
+    host_kernel.conclude_(w, nothing, Plain(weight_decay=0.0), 0.1, 0.0)
+    assert torch.equal(w, before), "no step, whatever its direction"
     host_kernel.conclude_(w, nothing, Plain(), 0.1, 1.0)
     assert w.isnan().all()
+
+
+def test_numbers_of_the_kernel_are_those_of_its_caller():
+    text = host_kernel.SOURCE.read_text()
+    assert f"LINE = {host_kernel.LINE}," in text
+    assert f"TILE = {host_kernel.TILE}," in text
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_largest_number_is_found_wherever_it_lies(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in (1, 31, 8192, 8193, 100_003):
+            for place in {0, n // 3, n // 2, n - 1}:
+                g = torch.rand(n)
+                g[place] = -3.0
+                assert host_kernel.largest(g, Plain()) == 3.0
+                g[place] = torch.inf
+                assert host_kernel.largest(g, Plain()) is None
+                assert host_kernel.largest(g, Plain(check_finite=False)) == torch.inf
+                g[place] = torch.nan
+                assert host_kernel.largest(g, Plain()) is None
+                assert math.isnan(host_kernel.largest(g, Plain(check_finite=False)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("free", ["sign", "sgd", "none"])
+def test_what_is_outside_of_a_basis_steps_as_written_down(free, threads):
+    w, g, inside = (torch.randn(100_003) for _ in range(3))
+    inside[::3] = g[::3] + 0.01 * torch.randn(len(g[::3]))
+    wanted, left = w.double() * (1 - 0.1 * 0.3), (g - inside).double()
+    u = {"sign": left.sign() * (left.abs() >= 0.02), "sgd": left, "none": 0 * left}[free]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        host_kernel.step_outside_(w, g, inside, Plain(maximize=True), 0.1, (free, 0.5), 0.02)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(w.double(), wanted + 0.1 * 0.5 * u, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture
@@ -569,7 +614,8 @@ def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
         def conclude(u, h):
             return torch.ones(u.shape)
 
-    for cls, given in ((optimzoo.COSMOS, narrow), (optimzoo.SWAN, lying), (optimzoo.SWAN, transposed), (Own, lying)):
+    own = [("w", nn.Parameter(torch.randn(70, 65)))]
+    for cls, given in ((optimzoo.COSMOS, narrow), (optimzoo.SWAN, lying), (optimzoo.SWAN, transposed), (Own, own)):
         with bare():
             opt = cls(given, lr=0.1, engine="compiled")
         (p,) = opt.param_groups[0]["params"]
@@ -578,6 +624,7 @@ def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
         opt.step()
         assert (p != before).double().mean() > 0.5
     assert not concluded
+    torch.testing.assert_close(p.detach(), before - 0.1)  # by its own end
 
 
 @pytest.mark.parametrize("rule", ["COSMOS", "SWAN"])

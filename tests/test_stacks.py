@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import optimzoo
 from optimzoo.core import AdamW, lists, stacks, storage
+from optimzoo.functional.batched import batch_is_as_alone
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import near_orthonormal, orthonormal
 from optimzoo.memory import Workspace
@@ -264,3 +265,16 @@ def test_products_on_a_device_have_aligned_rows(shape, monkeypatch):
     last = -(-shape[-1] // 8) * 8
     assert rows[1::2] == [last] * 5  # the products that make x
     torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("shape", [(128, 2048), (64, 4096), (168, 294), (128, 128), (100, 260)])
+def test_where_a_trial_finds_the_same_bits_products_have_them(shape):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.randn(2, *shape).div_((shape[0] * shape[1]) ** 0.5).bfloat16()
+        together = quintic_(x.clone())[-1]
+        alone = quintic_(x[-1].clone())
+        assert torch.equal(together, alone) or not batch_is_as_alone(2, shape, torch.bfloat16, 2)
+    finally:
+        torch.set_num_threads(before)

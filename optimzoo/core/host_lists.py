@@ -12,7 +12,7 @@ from optimzoo.core.routing import as_matrix, matrix_shape
 from optimzoo.core.storage import State
 from optimzoo.functional import host_kernel
 
-NARROW = (torch.bfloat16,)
+PRODUCTS = (torch.bfloat16,)  # dtypes that `host_conclude` takes them in
 
 
 def wanted(member: Member, state: State, count: int) -> bool:
@@ -38,9 +38,9 @@ def step(members: Iterable[Member], states: dict[Tensor, State], lr: float | Ten
 def conclude(task: Task, x: Tensor, kept: list[Tensor]) -> bool:
     """Change a weight by a rule's `host_conclude`, where that can: x in bfloat16, and all else in float32."""
     p, rule, h, layout = task.member.p, task.rule, task.h, task.member.route.layout
-    if h.engine != "compiled" or rule.host_conclude is None or not host_kernel.reads(p):
+    if h.engine != "compiled" or rule.host_conclude is None or rule.decay_after or not host_kernel.reads(p):
         return False
-    w, narrow = as_matrix(p, layout), any(host_kernel.reads(t, NARROW) for t in (x, x.mT))
+    w, narrow = as_matrix(p, layout), any(host_kernel.reads(t, PRODUCTS) for t in (x, x.mT))
     if not narrow or not all(host_kernel.reads(t) for t in (w, *kept)) or not host_kernel.works():
         return False
     rule.host_conclude(w, x, h, float(task.lr), *kept)

@@ -284,8 +284,9 @@ static double narrow_squares(const bfloat16 *x, int64_t n) {
     return lanes(sums);
 }
 
-/* t += size * x; to `sums` the squares of what comes out. */
-static void add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size, float *restrict sums) {
+/* t += size * x, for no more than LINE of them; the squares of what comes out. */
+static double add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size) {
+    float sums[LANES] = {0};
     for (int64_t at = 0; at < n; at += LANES) {
         const int64_t end = least(LANES, n - at);
         for (int64_t l = 0; l < end; l++) {
@@ -294,6 +295,7 @@ static void add(float *restrict t, const bfloat16 *restrict x, int64_t n, float 
             sums[l] += now * now;
         }
     }
+    return lanes(sums);
 }
 
 static void move(float *restrict w, const float *restrict u, int64_t n, float keep, float size) {
@@ -304,7 +306,7 @@ static void move_narrow(float *restrict w, const bfloat16 *restrict u, int64_t n
     for (int64_t i = 0; i < n; i++) w[i] = w[i] * keep - size * wide(u[i]);
 }
 
-/* `m` rows from `row` on and `n` columns from `column` on of a matrix of which every column lies in a line of `rows`. */
+/* `m` rows from `row` on and `n` columns from `column` on of a matrix whose columns lie in lines of `rows`. */
 static void turn(bfloat16 tile[TILE][TILE], const bfloat16 *x, int64_t rows, int64_t row, int64_t m, int64_t column,
                  int64_t n) {
     x += column * rows + row;
@@ -313,21 +315,21 @@ static void turn(bfloat16 tile[TILE][TILE], const bfloat16 *x, int64_t rows, int
             for (int64_t i = 0; i < m; i++) tile[i][j] = x[j * rows + i];
         return;
     }
-    for (int j = 0; j < TILE; j += 4, x += 4 * rows) {  /* four numbers at a time */
+    for (int j = 0; j < TILE; j += 4) {  /* four numbers at a time */
         bfloat16 four[TILE][4];
         for (int i = 0; i < TILE; i++)
-            for (int k = 0; k < 4; k++) four[i][k] = x[k * rows + i];
+            for (int k = 0; k < 4; k++) four[i][k] = x[(j + k) * rows + i];
         for (int i = 0; i < TILE; i++) memcpy(&tile[i][j], four[i], sizeof four[i]);
     }
 }
 
-/* What brings `n` numbers of these squares to the root mean square `rms`; finite, as zeros stay zeros. */
+/* What brings `n` numbers of these squares to the root mean square `rms`; zeros stay zeros. */
 static float scale(double squares, float rms, float eps, int64_t n) {
-    return rms == 0 ? 0 : 1 / larger(FLT_MIN, ((float)sqrt(squares) + eps) / (rms * sqrtf((float)n)));
+    return rms == 0 || squares == 0 ? 0 : 1 / larger(FLT_MIN, ((float)sqrt(squares) + eps) / (rms * sqrtf((float)n)));
 }
 
 /* w (rows, columns) <- keep w - rate u, where u is x, or t + x with x at root mean square `gamma`, all of it at `rms`.
- * x lies on its side where it is `turned`, t is used up, and `parts` has room for a sum of each line and of each tile. */
+ * x lies on its side where it is `turned`, t is used up, and `parts` has room for a sum of each line and each tile. */
 void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows, int64_t columns, int turned,
               const Options *options, int threads) {
     const Options o = *options;
@@ -343,15 +345,17 @@ void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows
             #pragma omp for schedule(static)
             for (int64_t i = 0; i < blocks; i++) {
                 const int64_t row = i * TILE, m = least(TILE, rows - row);
-                float sums[LANES] = {0};
-                if (!turned) add(t + row * columns, x + row * columns, m * columns, size, sums);
+                const int64_t first = row * columns, end = first + m * columns;
+                double found = 0;
+                if (!turned) for (int64_t at = first; at < end; at += LINE)
+                    found += add(t + at, x + at, least(LINE, end - at), size);
                 else for (int64_t column = 0; column < columns; column += TILE) {
                     const int64_t k = least(TILE, columns - column);
                     bfloat16 tile[TILE][TILE];
                     turn(tile, x, rows, row, m, column, k);
-                    for (int64_t j = 0; j < m; j++) add(t + (row + j) * columns + column, tile[j], k, size, sums);
+                    for (int64_t j = 0; j < m; j++) found += add(t + first + j * columns + column, tile[j], k, size);
                 }
-                parts[i] = lanes(sums);
+                parts[i] = found;
             }
             squares = sum(parts, blocks);
         }

@@ -1,8 +1,9 @@
 """Steps of any number of float32 tensors on a CPU by one call of a kernel in C: `engine="compiled"`.
 
 What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here, after the check; what a basis
-leaves of them takes two beside the products. The kernel is compiled when it is first asked for, once a process, in half
-a second, which needs a C compiler with OpenMP. It is called by address, so it takes plain, contiguous tensors only.
+leaves of them takes two beside the products, and so does the end of rules with products. The kernel is compiled when it
+is first asked for, once a process, in half a second, which needs a C compiler with OpenMP. It is called by address, so
+it takes plain, contiguous tensors only.
 """
 
 import ctypes
@@ -185,6 +186,9 @@ def conclude_(
     Or t + x, where x comes to the root mean square `gamma` before; t, in float32, is used up. `eps` is added to norms.
     x may lie on its side in memory. Temporaries: 8 bytes for every 8192 elements or 32 rows.
     """
+    if rms == 0:  # of what is no number too, as with PyTorch
+        w.mul_(1 - lr * h.weight_decay)
+        return
     parts, turned = array("d", bytes(8 * max(-(-w.numel() // LINE), -(-w.shape[0] // TILE)))), not x.is_contiguous()
     options = _options(h, lr, rate=lr, rms=rms, eps=eps, gamma=gamma)
     addresses = w.data_ptr(), None if t is None else t.data_ptr(), x.data_ptr(), _at(parts)

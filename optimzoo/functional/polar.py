@@ -69,7 +69,7 @@ def _on_gram_(x: Tensor, room: Tensor, steps: int) -> Tensor:
     assert product is not None
     if steps > 1:
         product = product.clone()  # out of the room that the result takes
-    # Transposed, as a tall matrix is to end in the bits of one that lies on its side.
+    # Rounding has made it unsymmetric: transposed, it does to a tall matrix what it does to one that lies on its side.
     return multiply(*((x, product.mT) if tall else (product, x)), out=room)
 
 
@@ -116,8 +116,9 @@ def _normalised(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 def _iterate_(x: Tensor, steps: list[Coefficients]) -> tuple[Tensor, Tensor]:
     """Every step x <- (a + b k + c k²) x with k = x xᵀ; a tall x takes k = xᵀ x from the right, the smaller of the two.
 
-    Between x and one other tensor of its size, in which k stands until it is needed no more: 3 m n for a square matrix,
-    of which x <- a x + k (b x + c k x) takes no more products, and rounds less. Returns both.
+    Between x and one other tensor of its size, in which k stands until it is needed no more, with one of k's for the
+    polynomial. Of a square matrix x <- a x + k (b x + c k x) takes no more products, and rounds less. Returns x and the
+    other one.
     """
     x = x.contiguous()
     m, n = x.shape[-2:]
