@@ -284,9 +284,8 @@ static double narrow_squares(const bfloat16 *x, int64_t n) {
     return lanes(sums);
 }
 
-/* t += size * x, for no more than LINE of them; the squares of what comes out. */
-static double add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size) {
-    float sums[LANES] = {0};
+/* t += size * x; to `sums` the squares of what comes out, of no more than LINE numbers. */
+static void add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size, float *restrict sums) {
     for (int64_t at = 0; at < n; at += LANES) {
         const int64_t end = least(LANES, n - at);
         for (int64_t l = 0; l < end; l++) {
@@ -295,7 +294,6 @@ static double add(float *restrict t, const bfloat16 *restrict x, int64_t n, floa
             sums[l] += now * now;
         }
     }
-    return lanes(sums);
 }
 
 static void move(float *restrict w, const float *restrict u, int64_t n, float keep, float size) {
@@ -347,13 +345,18 @@ void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows
                 const int64_t row = i * TILE, m = least(TILE, rows - row);
                 const int64_t first = row * columns, end = first + m * columns;
                 double found = 0;
-                if (!turned) for (int64_t at = first; at < end; at += LINE)
-                    found += add(t + at, x + at, least(LINE, end - at), size);
+                if (!turned) for (int64_t at = first; at < end; at += LINE) {
+                    float sums[LANES] = {0};
+                    add(t + at, x + at, least(LINE, end - at), size, sums);
+                    found += lanes(sums);
+                }
                 else for (int64_t column = 0; column < columns; column += TILE) {
                     const int64_t k = least(TILE, columns - column);
                     bfloat16 tile[TILE][TILE];
+                    float sums[LANES] = {0};
                     turn(tile, x, rows, row, m, column, k);
-                    for (int64_t j = 0; j < m; j++) found += add(t + first + j * columns + column, tile[j], k, size);
+                    for (int64_t j = 0; j < m; j++) add(t + first + j * columns + column, tile[j], k, size, sums);
+                    found += lanes(sums);
                 }
                 parts[i] = found;
             }
