@@ -31,8 +31,11 @@ DEFAULTS = (
     "frugal:projection=block,engine=compiled",
     "frugal:projection=rows,engine=compiled",
     "frugal:projection=columns,engine=compiled",
+    "frugal:projection=svd,engine=compiled",
     "adamw:engine=compiled",
     "sm3:engine=compiled",
+    "cosmos:engine=compiled",
+    "swan:engine=compiled",
 )
 AGAINST = ("torch.adamw", "torch.muon")
 # Measured, but in no recipe: their runs were not seen to resume bit for bit. heavyball takes gradients away by default.
