@@ -1,6 +1,7 @@
 """Leading subspaces of a matrix: found once, then followed by power iteration."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,14 +65,20 @@ def leading_basis(g: Tensor, rank: int, seed: int) -> Tensor:
     """
     tall = g if g.shape[0] >= g.shape[1] else g.mT
     side = tall.shape[1]
-    gram = tall.mT @ tall if side <= max(GRAM_SIDE, EXACT_SHARE * rank) else None
-    if gram is not None and side <= EXACT_SHARE * rank:
-        vectors = leading_vectors(gram, rank)
+    if side <= EXACT_SHARE * rank:
+        vectors = leading_vectors(tall.mT @ tall, rank)
     else:
         columns = min(side, rank + max(rank // 2, 32))
         start = torch.randn(side, columns, generator=generator(seed)).div_(side**0.5).to(g)
-        vectors = _filtered(lambda x: tall.mT @ (tall @ x) if gram is None else gram @ x, start, rank)
+        vectors = _filtered(_by_gram(tall), start, rank)
     return vectors if tall is g else orthonormal(tall @ vectors)
+
+
+def _by_gram(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies by x^T x."""
+    if x.shape[1] > GRAM_SIDE:
+        return lambda other: x.mT @ (x @ other)
+    return partial(torch.matmul, x.mT @ x)
 
 
 def _filtered(product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
