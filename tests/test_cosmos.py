@@ -11,6 +11,7 @@ from optimzoo import COSMOS
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.functional import subspace
 from optimzoo.memory import Workspace
+from optimzoo.optimizers import cosmos
 from tests.cases import bare, give_gradients, go_the_devices_way, tiny
 from tests.reference import cosmos as reference
 
@@ -51,6 +52,33 @@ def test_follows_the_reference_in_float64(shape, nesterov):
         p.grad = torch.from_numpy(g)
         opt.step()
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "zero columns", "rank 3", "falls"])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((40, 32), 1), ((32, 32), 31), ((32, 32), 32), ((30, 36), 9), ((9, 10), 4)]
+)
+def test_fewer_columns_outside_of_the_basis_are_no_other_step(shape, rank, kind, monkeypatch):
+    """In float64, in which products of what a basis leaves of a matrix are as exact as those of its own columns."""
+
+    def path():
+        p = matrix(*shape, dtype=torch.float64)
+        opt = optimizer(p, lr=0.1, rank=rank, gamma=0.5, lr_ratio=0.3)
+        for step in range(6):
+            g = matrix(*shape, dtype=torch.float64, seed=step).detach()
+            if kind == "zero columns":
+                g[:, 1::2] = 0
+            elif kind == "rank 3":
+                g = g[:, :3] @ g[:3]
+            elif kind == "falls":
+                g = g * torch.logspace(0, -4, shape[1], dtype=torch.float64)
+            p.grad = g
+            opt.step()
+        return p.detach()
+
+    found, follow = path(), subspace.follow
+    monkeypatch.setattr(cosmos, "follow", lambda *given: (follow(*given)[0], None))
+    torch.testing.assert_close(found, path(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (64, 64), (5, 200)])

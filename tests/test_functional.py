@@ -254,6 +254,41 @@ def test_a_basis_stays_orthonormal_when_the_gradient_leaves_it(decay):
         torch.testing.assert_close(basis.mT @ basis, torch.eye(64), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["gaussian", "rank 3", "zeros", "lines", "last lines"])
+@pytest.mark.parametrize(("n", "r"), [(150, 90), (40, 39), (7, 1)])
+def test_a_rotation_has_the_columns_as_its_first_ones(n, r, kind, dtype):
+    x = {
+        "gaussian": torch.randn(n, r),
+        "rank 3": torch.randn(n, 3) @ torch.randn(3, r),
+        "zeros": torch.zeros(n, r),
+        "lines": torch.eye(n, r),
+        "last lines": -3 * torch.eye(n)[:, -r:],
+    }[kind].to(dtype)
+    x[:, r // 2] = 0
+    close = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-14}
+    rotation = subspace.Rotation.onto(x)
+    q, basis = torch.eye(n, dtype=dtype) - rotation.v @ rotation.tail, rotation.basis()
+    torch.testing.assert_close(q.mT @ q, torch.eye(n, dtype=dtype), **close)
+    torch.testing.assert_close(basis, q[:, :r], **close)
+    torch.testing.assert_close(basis, subspace.orthonormal(x), **close)
+    size = x.norm().clamp_min(1)
+    torch.testing.assert_close(basis @ (basis.mT @ x) / size, x / size, **close)
+    d = torch.randn(33, n, dtype=dtype)
+    turned = rotation.turn_(d.clone())
+    torch.testing.assert_close(turned / n, d @ q / n, **close)
+    torch.testing.assert_close(rotation.back_(turned, turned @ rotation.tail.mT) / n, d / n, **close)
+
+
+@pytest.mark.parametrize(("shape", "fewer"), [((40, 40), True), ((90, 40), True), ((30, 40), True), ((28, 40), False)])
+def test_a_basis_comes_with_a_rotation_where_that_leaves_fewer_columns(shape, fewer):
+    basis = torch.linalg.qr(torch.randn(40, 12)).Q
+    rotation = subspace.follow(torch.randn(shape), basis, torch.zeros(12, 12), 0.9)[1]
+    assert (rotation is not None) == fewer
+    if rotation is not None:
+        assert torch.equal(rotation.basis(), basis)
+
+
 def test_transposed_in_pieces(monkeypatch):
     monkeypatch.setattr(slices, "TRANSPOSED", 40)
     for shape in [(17, 9), (9, 17), (3, 50), (1, 4), (5, 0)]:

@@ -465,10 +465,6 @@ class Plain(NamedTuple):
     check_finite: bool = True
 
 
-def at_rms(u: torch.Tensor, rms: float, eps: float) -> torch.Tensor:
-    return u * rms * u.numel() ** 0.5 / (u.norm() + eps).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def directions(shape: tuple[int, int], turned: bool) -> torch.Tensor:
     x = torch.randn(*reversed(shape) if turned else shape).bfloat16()
     return x.mT if turned else x
@@ -477,35 +473,26 @@ def directions(shape: tuple[int, int], turned: bool) -> torch.Tensor:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(70, 65), (64, 96), (3, 9000), (9000, 3), (1, 1), (33, 1024), (2, 400_000)])
 def test_directions_come_to_their_size_and_move_weights_as_in_float64(shape, turned):
-    w, x, t = torch.randn(shape), directions(shape, turned), torch.randn(shape)
-    for leading, gamma, eps in ((None, 0.0, 0.0), (t, 0.2, 1e-3), (t, 0.0, 1e-8)):
-        found = w.clone()
-        given = None if leading is None else leading.clone()
-        host_kernel.conclude_(found, x, Plain(), 0.1, 0.5, eps, gamma, given)
-        u = x.double()
-        if leading is not None:
-            u = leading.double() + at_rms(u, gamma, eps)
-        wanted = (1 - 0.1 * 0.3) * w.double() - 0.1 * at_rms(u, 0.5, eps)
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    w, x = torch.randn(shape), directions(shape, turned)
+    wanted = (1 - 0.1 * 0.3) * w.double() - 0.1 * 0.5 * x.double() * x.numel() ** 0.5 / x.double().norm()
+    host_kernel.conclude_(w, x, Plain(), 0.1, 0.5)
+    torch.testing.assert_close(w.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("leading", [False, True])
-def test_a_last_stage_does_not_depend_on_threads_nor_write_elsewhere(turned, leading):
+def test_a_last_stage_does_not_depend_on_threads_nor_write_elsewhere(turned):
     shape, before, found = (513, 301), torch.get_num_threads(), []
-    w, x, t = torch.randn(shape), directions(shape, turned), torch.randn(shape)
+    w, x = torch.randn(shape), directions(shape, turned)
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         try:
-            around = [torch.full((64 + w.numel() + 64,), 7.0) for _ in range(2)]
-            inner = [a[64:-64].view(shape) for a in around]
-            for copy, source in zip(inner, (w, t), strict=True):
-                copy.copy_(source)
-            host_kernel.conclude_(inner[0], x, Plain(), 0.1, 0.5, 0.0, 0.2, inner[1] if leading else None)
+            around = torch.full((64 + w.numel() + 64,), 7.0)
+            inner = around[64:-64].view(shape).copy_(w)
+            host_kernel.conclude_(inner, x, Plain(), 0.1, 0.5)
         finally:
             torch.set_num_threads(before)
-        assert all((a[:64] == 7).all() and (a[-64:] == 7).all() for a in around)
-        found.append([inner[0]])
+        assert (torch.cat((around[:64], around[-64:])) == 7).all()
+        found.append([inner])
     assert all(same(found[0], other) for other in found[1:])
 
 
@@ -524,7 +511,6 @@ def test_zeros_are_no_direction_and_what_is_no_number_stays_one():
 def test_numbers_of_the_kernel_are_those_of_its_caller():
     text = host_kernel.SOURCE.read_text()
     assert f"LINE = {host_kernel.LINE}," in text
-    assert f"TILE = {host_kernel.TILE}," in text
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -578,21 +564,13 @@ def concluded(monkeypatch) -> list[str]:
     return called
 
 
-PRODUCTS = {
-    "cosmos": ("COSMOS", {"rank": 8}),
-    "cosmos-gamma-0": ("COSMOS", {"rank": 8, "gamma": 0.0, "nesterov": False}),
-    "swan": ("SWAN", {}),
-    "swan-off": ("SWAN", {"lr_ratio": 0.0}),
-}
-
-
 @pytest.mark.parametrize("poison", [None, torch.nan])
-@pytest.mark.parametrize(("rule", "options"), PRODUCTS.values(), ids=PRODUCTS)
-def test_rules_with_products_end_as_without_the_kernel(rule, options, poison, concluded):
+@pytest.mark.parametrize("lr_ratio", [1.0, 0.0])
+def test_rules_with_products_end_as_without_the_kernel(lr_ratio, poison, concluded):
     found = []
     for engine in ("auto", "compiled"):
         named = parameters(shapes=[(70, 65), (70, 65), (65, 140), (140, 65), (300, 20)])
-        opt = optimizer(rule, named, engine=engine, weight_decay=0.1, **options)
+        opt = optimizer("SWAN", named, engine=engine, weight_decay=0.1, lr_ratio=lr_ratio)
         for step in range(6):
             give(named, step, poison)
             opt.step()
@@ -600,7 +578,7 @@ def test_rules_with_products_end_as_without_the_kernel(rule, options, poison, co
     for ours, theirs in zip(found[0][0], found[1][0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert found[0][1] == found[1][1]
-    assert concluded.count(rule) == 30 - sum(found[1][1].values())
+    assert concluded == ["SWAN"] * (30 - sum(found[1][1].values()))
 
 
 def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
@@ -615,7 +593,7 @@ def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
             return torch.ones(u.shape)
 
     own = [("w", nn.Parameter(torch.randn(70, 65)))]
-    for cls, given in ((optimzoo.COSMOS, narrow), (optimzoo.SWAN, lying), (optimzoo.SWAN, transposed), (Own, own)):
+    for cls, given in ((optimzoo.SWAN, narrow), (optimzoo.SWAN, lying), (optimzoo.SWAN, transposed), (Own, own)):
         with bare():
             opt = cls(given, lr=0.1, engine="compiled")
         (p,) = opt.param_groups[0]["params"]
@@ -627,11 +605,10 @@ def test_what_a_last_stage_cannot_read_ends_as_ever(concluded):
     torch.testing.assert_close(p.detach(), before - 0.1)  # by its own end
 
 
-@pytest.mark.parametrize("rule", ["COSMOS", "SWAN"])
-def test_autograd_sees_a_last_stage(rule, concluded):
+def test_autograd_sees_a_last_stage(concluded):
     named = parameters(shapes=[(80, 80)])
     p = named[0][1]
-    opt = optimizer(rule, named, engine="compiled")
+    opt = optimizer("SWAN", named, engine="compiled")
     give(named, 0)
     loss = (p * p).sum()
     opt.step()

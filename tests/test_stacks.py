@@ -42,7 +42,8 @@ def model_of(dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def stepped(case: str, dtype: torch.dtype, poisoned: bool) -> tuple[list[Tensor], dict[str, int]]:
+def stepped(case: str, dtype: torch.dtype, poisoned: bool) -> tuple[list[Tensor], dict[str, int], set[str]]:
+    """Weights and state after some steps, what was skipped, and kinds of state."""
     cls, options = CASES[case]
     model = model_of(dtype)
     opt = cls(model, lr=1e-2, weight_decay=0.1, **options)
@@ -54,7 +55,7 @@ def stepped(case: str, dtype: torch.dtype, poisoned: bool) -> tuple[list[Tensor]
         opt.step()
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     state = [t for slots in opt.state.values() for t in slots.values()]
-    return [*model.parameters(), *state], opt.skipped()
+    return [*model.parameters(), *state], opt.skipped(), set(opt.memory().by("kind"))
 
 
 @pytest.mark.parametrize("poisoned", [False, True])
@@ -73,7 +74,7 @@ def test_a_stack_steps_as_each_of_its_parameters(case, dtype, poisoned, monkeypa
     sizes.clear()
     alone = stepped(case, dtype, poisoned)
     assert not sizes
-    if CASES[case][0].prepare is None:
+    if CASES[case][0].prepare is None and "basis" not in together[2]:
         assert same(together[0], alone[0])
     for a, b in zip(together[0], alone[0], strict=True):  # products of a batch round off other digits
         torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == torch.bfloat16 else 1e-4, atol=1e-5)

@@ -34,7 +34,6 @@ DEFAULTS = (
     "frugal:projection=svd,engine=compiled",
     "adamw:engine=compiled",
     "sm3:engine=compiled",
-    "cosmos:engine=compiled",
     "swan:engine=compiled",
 )
 AGAINST = ("torch.adamw", "torch.muon")

@@ -31,6 +31,7 @@ def measure_steps(
     A candidate that cannot be built (its package is missing, say) has an "error" in place of figures.
     """
     model = candidates.subject(recipe, layers, embeddings, device)
+    timing.let_memory_stay()
     rows: dict[str, dict[str, Any]] = {}
     built: dict[str, list[Optimizer]] = {}
     for label in dict.fromkeys((*against, *names)):

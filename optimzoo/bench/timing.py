@@ -10,6 +10,7 @@ import torch
 
 UNSTEADY = 1.3  # p50 / p20 above which a run says more about the machine than about the code
 FEWEST = 50  # rounds below which a percentile is an anecdote
+BLOCK = 31 << 20  # bytes; of larger ones glibc learns nothing
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Timing:
     def spread(self) -> float:
         """p50 / p20: 1 on a machine that does nothing else."""
         return self.p50 / self.p20
+
+
+def let_memory_stay() -> None:
+    """Have the C library keep what steps free, as it does where a backward pass of a thousand tokens goes before them.
+
+    glibc returns to the system what is more than twice the largest block that it has seen freed. Before backward passes
+    that would be most of a step's temporaries, after every matrix, and a step a tenth slower.
+    """
+    torch.empty(BLOCK, dtype=torch.uint8)
 
 
 def clock(device: torch.device) -> float:

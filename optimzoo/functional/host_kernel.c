@@ -19,7 +19,7 @@ typedef struct {
     float beta1, beta2, eps;  /* of what has averages */
     float new1, new2;         /* 1 - beta1 and 1 - beta2, to their last digits */
     float rate;               /* lr of what has none, and SM3's */
-    float rms, gamma;         /* the root mean square of a direction, and of what is added to it */
+    float rms;                /* the root mean square of a direction */
     int32_t part;
     int32_t free;   /* the direction of what has none */
     int32_t check;  /* whether gradients are left out in which a number, or the squares of a line, are not finite */
@@ -269,38 +269,18 @@ static double sum(const double *parts, int64_t n) {
     return found;
 }
 
-static double lanes(const float *sums) {
-    double found = 0;
-    for (int l = 0; l < LANES; l++) found += sums[l];
-    return found;
-}
-
 static double narrow_squares(const bfloat16 *x, int64_t n) {
     float sums[LANES] = {0};
     for (int64_t at = 0; at < n; at += LANES) {
         const int64_t end = least(LANES, n - at);
         for (int64_t l = 0; l < end; l++) sums[l] += wide(x[at + l]) * wide(x[at + l]);
     }
-    return lanes(sums);
+    double found = 0;
+    for (int l = 0; l < LANES; l++) found += sums[l];
+    return found;
 }
 
-/* t += size * x; to `sums` the squares of what comes out, of no more than LINE numbers. */
-static void add(float *restrict t, const bfloat16 *restrict x, int64_t n, float size, float *restrict sums) {
-    for (int64_t at = 0; at < n; at += LANES) {
-        const int64_t end = least(LANES, n - at);
-        for (int64_t l = 0; l < end; l++) {
-            const float now = t[at + l] + size * wide(x[at + l]);
-            t[at + l] = now;
-            sums[l] += now * now;
-        }
-    }
-}
-
-static void move(float *restrict w, const float *restrict u, int64_t n, float keep, float size) {
-    for (int64_t i = 0; i < n; i++) w[i] = w[i] * keep - size * u[i];
-}
-
-static void move_narrow(float *restrict w, const bfloat16 *restrict u, int64_t n, float keep, float size) {
+static void move(float *restrict w, const bfloat16 *restrict u, int64_t n, float keep, float size) {
     for (int64_t i = 0; i < n; i++) w[i] = w[i] * keep - size * wide(u[i]);
 }
 
@@ -322,13 +302,13 @@ static void turn(bfloat16 tile[TILE][TILE], const bfloat16 *x, int64_t rows, int
 }
 
 /* What brings `n` numbers of these squares to the root mean square `rms`; zeros stay zeros. */
-static float scale(double squares, float rms, float eps, int64_t n) {
-    return rms == 0 || squares == 0 ? 0 : 1 / larger(FLT_MIN, ((float)sqrt(squares) + eps) / (rms * sqrtf((float)n)));
+static float scale(double squares, float rms, int64_t n) {
+    return rms == 0 || squares == 0 ? 0 : 1 / larger(FLT_MIN, (float)sqrt(squares) / (rms * sqrtf((float)n)));
 }
 
-/* w (rows, columns) <- keep w - rate u, where u is x, or t + x with x at root mean square `gamma`, all of it at `rms`.
- * x lies on its side where it is `turned`, t is used up, and `parts` has room for a sum of each line and each tile. */
-void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows, int64_t columns, int turned,
+/* w (rows, columns) <- keep w - rate x, with x at the root mean square `rms`. It lies on its side where it is `turned`;
+ * `parts` has room for a sum of each line. */
+void conclude(float *w, const bfloat16 *x, double *parts, int64_t rows, int64_t columns, int turned,
               const Options *options, int threads) {
     const Options o = *options;
     const int64_t n = rows * columns, lines = (n + LINE - 1) / LINE, blocks = (rows + TILE - 1) / TILE;
@@ -336,43 +316,16 @@ void conclude(float *w, float *t, const bfloat16 *x, double *parts, int64_t rows
     {
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < lines; i++) parts[i] = narrow_squares(x + i * LINE, least(LINE, n - i * LINE));
-        double squares = sum(parts, lines);
-        #pragma omp barrier
-        if (t) {
-            const float size = scale(squares, o.gamma, o.eps, n);
-            #pragma omp for schedule(static)
-            for (int64_t i = 0; i < blocks; i++) {
-                const int64_t row = i * TILE, m = least(TILE, rows - row);
-                const int64_t first = row * columns, end = first + m * columns;
-                double found = 0;
-                if (!turned) for (int64_t at = first; at < end; at += LINE) {
-                    float sums[LANES] = {0};
-                    add(t + at, x + at, least(LINE, end - at), size, sums);
-                    found += lanes(sums);
-                }
-                else for (int64_t column = 0; column < columns; column += TILE) {
-                    const int64_t k = least(TILE, columns - column);
-                    bfloat16 tile[TILE][TILE];
-                    float sums[LANES] = {0};
-                    turn(tile, x, rows, row, m, column, k);
-                    for (int64_t j = 0; j < m; j++) add(t + first + j * columns + column, tile[j], k, size, sums);
-                    found += lanes(sums);
-                }
-                parts[i] = found;
-            }
-            squares = sum(parts, blocks);
-        }
-        const float size = o.rate * scale(squares, o.rms, o.eps, n);
+        const float size = o.rate * scale(sum(parts, lines), o.rms, n);
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks; i++) {
             const int64_t row = i * TILE, m = least(TILE, rows - row), at = row * columns;
-            if (t) move(w + at, t + at, m * columns, o.keep, size);
-            else if (!turned) move_narrow(w + at, x + at, m * columns, o.keep, size);
+            if (!turned) move(w + at, x + at, m * columns, o.keep, size);
             else for (int64_t column = 0; column < columns; column += TILE) {
                 const int64_t k = least(TILE, columns - column);
                 bfloat16 tile[TILE][TILE];
                 turn(tile, x, rows, row, m, column, k);
-                for (int64_t j = 0; j < m; j++) move_narrow(w + at + j * columns + column, tile[j], k, o.keep, size);
+                for (int64_t j = 0; j < m; j++) move(w + at + j * columns + column, tile[j], k, o.keep, size);
             }
         }
     }

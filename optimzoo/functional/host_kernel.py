@@ -1,7 +1,7 @@
 """Steps of any number of float32 tensors on a CPU by one call of a kernel in C: `engine="compiled"`.
 
 What PyTorch does to FRUGAL's matrices in three or four passes over memory takes one here, after the check; what a basis
-leaves of them takes two beside the products, and so does the end of rules with products. The kernel is compiled when it
+leaves of them takes two beside the products, and so does the end of SWAN. The kernel is compiled when it
 is first asked for, once a process, in half a second, which needs a C compiler with OpenMP. It is called by address, so
 it takes plain, contiguous tensors only.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-LINE, TILE = 8192, 32  # elements, and rows, of which there is one sum: the kernel's
+LINE = 8192  # elements of which there is one sum: the kernel's
 NARROW = 64  # rows, or numbers in one, below which a loop over rows may take longer than PyTorch
 SOURCE = Path(__file__).with_name("host_kernel.c")
 COMPILERS = ("cc", "gcc", "clang")  # without $CC
@@ -55,10 +55,7 @@ _warned = False
 
 class _Options(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_float)
-            for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "rate", "rms", "gamma")
-        ),
+        *((name, ctypes.c_float) for name in ("keep", "up", "beta1", "beta2", "eps", "new1", "new2", "rate", "rms")),
         *((name, ctypes.c_int32) for name in ("part", "free", "check")),
     )
 
@@ -178,20 +175,16 @@ def step_outside_(
     increment_version([w])
 
 
-def conclude_(
-    w: Tensor, x: Tensor, h: Any, lr: float, rms: float, eps: float = 0.0, gamma: float = 0.0, t: Tensor | None = None
-) -> None:
+def conclude_(w: Tensor, x: Tensor, h: Any, lr: float, rms: float) -> None:
     """w <- (1 - lr * weight_decay) w - lr u for matrices (m, n): u is x in bfloat16, at the root mean square `rms`.
 
-    Or t + x, where x comes to the root mean square `gamma` before; t, in float32, is used up. `eps` is added to norms.
-    x may lie on its side in memory. Temporaries: 8 bytes for every 8192 elements or 32 rows.
+    x may lie on its side in memory. Temporaries: 8 bytes for every 8192 elements.
     """
     if rms == 0:  # of what is no number too, as with PyTorch
         w.mul_(1 - lr * h.weight_decay)
         return
-    parts, turned = array("d", bytes(8 * max(-(-w.numel() // LINE), -(-w.shape[0] // TILE)))), not x.is_contiguous()
-    options = _options(h, lr, rate=lr, rms=rms, eps=eps, gamma=gamma)
-    addresses = w.data_ptr(), None if t is None else t.data_ptr(), x.data_ptr(), _at(parts)
+    parts, turned = array("d", bytes(8 * -(-w.numel() // LINE))), not x.is_contiguous()
+    addresses, options = (w.data_ptr(), x.data_ptr(), _at(parts)), _options(h, lr, rate=lr, rms=rms)
     _compiled()[0].conclude(*addresses, *w.shape, turned, options, torch.get_num_threads())
     increment_version([w])
 
@@ -228,7 +221,7 @@ def _compiled() -> tuple[Any, str]:
         library.sm3.argtypes = [*[pointer] * 6, number, number, pointer, ctypes.c_int]
         library.largest.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
         library.outside.argtypes = [*[pointer] * 3, number, ctypes.c_float, pointer, ctypes.c_int]
-        library.conclude.argtypes = [*[pointer] * 4, number, number, ctypes.c_int, pointer, ctypes.c_int]
+        library.conclude.argtypes = [*[pointer] * 3, number, number, ctypes.c_int, pointer, ctypes.c_int]
         library.step.restype, library.sm3.restype, library.conclude.restype = number, None, None
         library.largest.restype, library.outside.restype = ctypes.c_float, None
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:

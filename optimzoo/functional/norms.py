@@ -58,5 +58,10 @@ def scale_to_rms_(x: Tensor, rms: float = 1.0, eps: float = 0.0) -> Tensor:
     """
     if rms == 0:
         return x.zero_()  # what a division by 0 makes of zeros is NaN
-    size = norm(x).add_(eps).div_(rms * math.sqrt(x.shape[-2] * x.shape[-1]))
-    return x.mul_(size.clamp_min_(torch.finfo(x.dtype).tiny).reciprocal_())
+    return x.mul_(to_rms(norm(x), x.shape[-2] * x.shape[-1], rms, eps))
+
+
+def to_rms(size: Tensor, count: int, rms: float, eps: float = 0.0) -> Tensor:
+    """What brings `count` numbers of norm `size` to the root mean square `rms`, a positive one; finite for zeros."""
+    tiny = torch.finfo(size.dtype).tiny
+    return (size + eps).div_(rms * math.sqrt(count)).clamp_min_(tiny).reciprocal_()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,42 @@ and 0.998 at 2048 x 2048."""
 def orthonormal(x: Tensor) -> Tensor:
     """(n, r) -> (n, r): an orthonormal basis of the columns' span; x may be rank-deficient."""
     return torch.linalg.qr(x).Q
+
+
+class Rotation(NamedTuple):
+    """Q = I - v tail, (n, n) and orthogonal: v (n, r), tail (r, n). Its first r columns are a basis.
+
+    What a basis leaves of a matrix (m, n) has rank n - r at most, and so many columns after this, which makes products
+    of it cheaper. Reflections in compact form (Schreiber and Van Loan, "A storage-efficient WY representation for
+    products of Householder transformations", 1989): two thin products each way.
+    """
+
+    v: Tensor
+    tail: Tensor
+
+    @classmethod
+    def onto(cls, x: Tensor) -> "Rotation":
+        """(n, r) -> the one whose basis is that of the columns' span; x may be rank-deficient."""
+        packed, tau = torch.geqrf(x)
+        v = packed.tril_(-1)
+        v.diagonal().fill_(1)
+        order = (v.mT @ v).triu_()  # that between reflections (Puglisi, 1992)
+        order.diagonal().copy_(tau.reciprocal_())  # of one that does nothing the inverse of infinity, 0
+        return cls(v, torch.linalg.solve_triangular(order, v.mT, upper=True))
+
+    def basis(self) -> Tensor:
+        """(n, r)."""
+        first = (self.v @ self.tail[:, : self.v.shape[1]]).neg_()
+        first.diagonal().add_(1)
+        return first
+
+    def turn_(self, x: Tensor) -> Tensor:
+        """x Q (m, n), in place: its columns in the basis, then those outside."""
+        return x.addmm_(x @ self.v, self.tail, alpha=-1)
+
+    def back_(self, x: Tensor, thin: Tensor) -> Tensor:
+        """x Q^T (m, n), in place; `thin` is x tail^T, (m, r)."""
+        return x.addmm_(thin, self.v.mT, alpha=-1)
 
 
 def near_orthonormal(x: Tensor, basis: Tensor) -> Tensor:
@@ -109,20 +146,23 @@ def leading_vectors(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(gram, UPLO="U").eigenvectors[:, -rank:].flip(1)
 
 
-def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> Tensor:
+def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> tuple[Tensor, Rotation | None]:
     """One power iteration on H = decay * U S U^T + (1 - decay) g^T g, of which only U and S are kept.
 
     g (..., m, n), basis U (..., n, r) and gram S (..., r, r), both changed in place; returns g U for the new U,
-    (..., m, r).
+    (..., m, r), and on a CPU, where fewer columns than g's shorter side are outside of U, the rotation onto it.
 
         U <- QR(H U)        S <- U^T H U, symmetrised
     """
     across = gram @ basis.mT  # H U on its side: rows are fast to write
     add_product_(across, (g @ basis).mT, g, alpha=1 - decay, beta=decay)
-    turned = _fast_orthonormal(across.mT, basis)
+    (m, n), r = g.shape[-2:], basis.shape[-1]
+    fewer = on_host(g) and 0 < n - r < m and not torch.compiler.is_compiling()  # reflections are in no graph
+    rotation = Rotation.onto(across.mT) if fewer else None
+    turned = _fast_orthonormal(across.mT, basis) if rotation is None else rotation.basis()
     turn = basis.mT @ turned
     basis.copy_(turned)
     image = g @ basis
     projected = add_product_(turn.mT @ gram @ turn, image.mT, image, alpha=(1 - decay) / 2, beta=decay / 2)
     torch.add(projected, projected.mT, out=gram)
-    return image
+    return image, rotation

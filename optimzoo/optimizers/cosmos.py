@@ -22,11 +22,10 @@ from torch import Tensor
 from optimzoo.core import MatrixOptimizer, Slot, hyper
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.storage import product_dtype
-from optimzoo.functional import host_kernel
 from optimzoo.functional.moments import factor
-from optimzoo.functional.norms import add_product_, norm, scale_to_rms_
+from optimzoo.functional.norms import add_product_, norm, scale_to_rms_, to_rms
 from optimzoo.functional.polar import quintic_
-from optimzoo.functional.subspace import follow, leading_basis, random_basis_
+from optimzoo.functional.subspace import Rotation, follow, leading_basis, random_basis_
 
 DEAD_ZONE = 8  # outside of the basis, less than this many sqrt(r) eps of D is rounding, which Muon would blow up
 NULL_ENERGY = 1e-10  # float32's noise squared: a column of U with less of the largest energy holds only rounding
@@ -89,37 +88,64 @@ class COSMOS(MatrixOptimizer):
         weight = (1 - h.betas[0] ** step) / (1 - h.betas[0])
         if h.nesterov:
             weight = 1 + h.betas[0] * weight
-        low = follow(g, basis, gram, h.betas[1])
+        low, rotation = follow(g, basis, gram, h.betas[1])
         exp_avg_sq.mul_(h.betas[1]).addcmul_(low, low, value=1 - h.betas[1])
         torch.add(g, momentum, alpha=h.betas[0], out=momentum)
-        x = _rest(g, momentum, basis, low, weight, h)
+        x = _rest(g, momentum, basis, low, rotation, weight, h)
         weight, unbiased = factor(weight, g), factor(weight / (1 - h.betas[1] ** step) ** 0.5, g)
         spread = exp_avg_sq.sqrt().mul_(unbiased).add_(weight * h.eps)
         adam = low.div_(spread)
         energy = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        return x, adam.mul_(energy > NULL_ENERGY * energy.amax(-1, keepdim=True)), basis
+        adam.mul_(energy > NULL_ENERGY * energy.amax(-1, keepdim=True))
+        return x, adam, *(rotation or (basis,))
 
     @staticmethod
     def products(h: Any) -> Callable[[Tensor], Tensor]:
         return quintic_
 
     @staticmethod
-    def conclude(u: Tensor, h: Any, adam: Tensor, basis: Tensor) -> Tensor:
+    def conclude(u: Tensor, h: Any, adam: Tensor, *kept: Tensor) -> Tensor:
+        if len(kept) == 2:
+            return _rotated(u, h, adam, Rotation(*kept))
+        (basis,) = kept
         u = u.to(adam.dtype, memory_format=torch.contiguous_format)
         add_product_(scale_to_rms_(u, h.gamma, h.eps), adam, basis.mT)
         return scale_to_rms_(u, h.lr_ratio, h.eps)
 
-    @staticmethod
-    def host_conclude(w: Tensor, u: Tensor, h: Any, lr: float, adam: Tensor, basis: Tensor) -> None:
-        leading = host_kernel.readable(adam @ basis.mT)
-        host_kernel.conclude_(w, u, h, lr, h.lr_ratio, h.eps, h.gamma, leading)
 
-
-def _rest(g: Tensor, momentum: Tensor, basis: Tensor, low: Tensor, weight: float | Tensor, h: Any) -> Tensor:
+def _rest(
+    g: Tensor,
+    momentum: Tensor,
+    basis: Tensor,
+    low: Tensor,
+    rotation: Rotation | None,
+    weight: float | Tensor,
+    h: Any,
+) -> Tensor:
     """The momentum outside of the basis at norm 1, in the products' dtype; in `low` its image d U, times `weight`."""
     d = torch.add(g, momentum, alpha=h.betas[0]) if h.nesterov else momentum.clone()
-    torch.matmul(d, basis, out=low)
-    add_product_(d, low, basis.mT, alpha=-1)
+    if rotation is None:
+        torch.matmul(d, basis, out=low)
+        add_product_(d, low, basis.mT, alpha=-1)
+    else:
+        r = low.shape[-1]
+        low.copy_(rotation.turn_(d)[:, :r])
+        d = d[:, r:]
     size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
     alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
     return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype)).to(product_dtype(g))
+
+
+def _rotated(u: Tensor, h: Any, adam: Tensor, rotation: Rotation) -> Tensor:
+    """`conclude` of a polar factor that has only the columns outside of the basis: they, and the ones in it, turned."""
+    (m, r), n = adam.shape, len(rotation.v)
+    both = adam.new_empty(m, n)
+    inside, outside = both[:, :r], both[:, r:].copy_(u)
+    size = norm(outside)
+    muon = to_rms(size, m * n, h.gamma, h.eps)
+    whole = to_rms(torch.hypot(norm(adam), size * muon), m * n, h.lr_ratio, h.eps)  # by Pythagoras
+    outside.mul_(muon * whole)
+    torch.mul(adam, whole, out=inside)
+    # Of u, which is rounded already, in its own dtype.
+    thin = (u @ rotation.tail[:, r:].mT.to(u.dtype)).to(adam.dtype).mul_(muon * whole)
+    return rotation.back_(both, thin.addmm_(inside, rotation.tail[:, :r].mT))
