@@ -192,6 +192,22 @@ def test_narrow_steps_are_as_exact_as_in_the_usual_order(shape, spectrum):
     assert (ours - exact).norm() < 1.05 * (found.double() - exact).norm()
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (40, 120), (120, 40), (2, 33, 70), (2, 70, 33), (3, 5, 30)])
+def test_blocks_of_a_large_product_are_no_other_product(shape, monkeypatch):
+    x = torch.randn(shape, dtype=torch.float64)
+    plain = [function(x) for function in (polar.newton_schulz, polar.polar_exact)]
+    narrow = polar.newton_schulz(x.bfloat16())
+    monkeypatch.setattr(polar, "BLOCKED", 0)
+    monkeypatch.setattr(polar, "ROWS", 16)
+    for function, wanted in zip((polar.newton_schulz, polar.polar_exact), plain, strict=True):
+        torch.testing.assert_close(function(x), wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(polar.newton_schulz(x.bfloat16()), narrow, rtol=0, atol=2**-5)
+    wide = x if x.shape[-2] < x.shape[-1] else x.mT
+    out = x.new_empty(*wide.shape[:-1], wide.shape[-2])
+    polar._square(wide, out)
+    torch.testing.assert_close(out, wide @ wide.mT)
+
+
 def test_polar_of_nothing_is_nothing():
     for function in (polar.newton_schulz, polar.polar_exact):
         assert torch.equal(function(torch.zeros(3, 5)).float(), torch.zeros(3, 5))

@@ -44,9 +44,10 @@ class Rotation(NamedTuple):
         packed, tau = torch.geqrf(x)
         v = packed.tril_(-1)
         v.diagonal().fill_(1)
-        order = (v.mT @ v).triu_()  # that between reflections (Puglisi, 1992)
-        order.diagonal().copy_(tau.reciprocal_())  # of one that does nothing the inverse of infinity, 0
-        return cls(v, torch.linalg.solve_triangular(order, v.mT, upper=True))
+        order = (v.mT @ v).triu_()  # the inverse of what orders reflections (Puglisi, 1992)
+        order.diagonal().copy_(tau.reciprocal_())  # infinity for one that does nothing
+        one = torch.eye(len(order), dtype=order.dtype, device=order.device)
+        return cls(v, torch.linalg.solve_triangular(order, one, upper=True) @ v.mT)
 
     def basis(self) -> Tensor:
         """(n, r)."""
