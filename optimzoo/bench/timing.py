@@ -10,7 +10,7 @@ import torch
 
 UNSTEADY = 1.3  # p50 / p20 above which a run says more about the machine than about the code
 FEWEST = 50  # rounds below which a percentile is an anecdote
-BLOCK = 31 << 20  # bytes; of larger ones glibc learns nothing
+BLOCK = 31 << 20  # bytes: of blocks above 32 MiB, its largest M_MMAP_THRESHOLD, glibc learns nothing
 
 
 @dataclass(frozen=True)

@@ -301,9 +301,9 @@ static void turn(bfloat16 tile[TILE][TILE], const bfloat16 *x, int64_t rows, int
     }
 }
 
-/* What brings `n` numbers of these squares to the root mean square `rms`; zeros stay zeros. */
+/* What brings `n` numbers of these squares to the root mean square `rms`, which is not 0; zeros stay zeros. */
 static float scale(double squares, float rms, int64_t n) {
-    return rms == 0 || squares == 0 ? 0 : 1 / larger(FLT_MIN, (float)sqrt(squares) / (rms * sqrtf((float)n)));
+    return squares == 0 ? 0 : 1 / larger(FLT_MIN, (float)sqrt(squares) / (rms * sqrtf((float)n)));
 }
 
 /* w (rows, columns) <- keep w - rate x, with x at the root mean square `rms`. It lies on its side where it is `turned`;

@@ -143,7 +143,8 @@ def _iterate_(x: Tensor, steps: list[Coefficients]) -> tuple[Tensor, Tensor]:
 
 def _square(x: Tensor, out: Tensor) -> None:
     """out (s, s) <- x x^T of x (s, l), or of a batch; on a CPU nothing of a large one twice, but for its diagonal."""
-    if not on_host(x) or x.shape[-2] * x.shape[-1] < BLOCKED:
+    small = x.shape[-2] * x.shape[-1] < BLOCKED
+    if small or not on_host(x) or torch.compiler.is_compiling():  # a graph writes to no part of a tensor
         _products(x)[0](x, x.mT, out=out)
         return
     for one, found in ((x, out),) if x.ndim == 2 else zip(x, out, strict=True):

@@ -17,6 +17,9 @@ EXACT_SHARE = 4
 GRAM_SIDE = 1024
 """Up to this smaller side a Gram matrix is made once; above, and without its memory, each product is two with g."""
 
+TURNED_SHARE = 3
+"""Up to a rank of one in so many columns a matrix is turned; above, what is r wide would take a step's workspace."""
+
 POWERS, FILTERS = 2, 4
 """Passes that find the subspace: of what 64 vectors can hold of a Gaussian matrix, the hardest, 0.9998 at 1376 x 512
 and 0.998 at 2048 x 2048."""
@@ -28,15 +31,15 @@ def orthonormal(x: Tensor) -> Tensor:
 
 
 class Rotation(NamedTuple):
-    """Q = I - v tail, (n, n) and orthogonal: v (n, r), tail (r, n). Its first r columns are a basis.
+    """Q = I - v t v^T, (n, n) and orthogonal: v (n, r), t (r, r). Its first r columns are a basis.
 
     What a basis leaves of a matrix (m, n) has rank n - r at most, and so many columns after this, which makes products
-    of it cheaper. Reflections in compact form (Schreiber and Van Loan, "A storage-efficient WY representation for
-    products of Householder transformations", 1989): two thin products each way.
+    of it cheaper. Reflections in compact form: Schreiber and Van Loan, "A storage-efficient WY representation for
+    products of Householder transformations", 1989.
     """
 
     v: Tensor
-    tail: Tensor
+    t: Tensor
 
     @classmethod
     def onto(cls, x: Tensor) -> "Rotation":
@@ -44,24 +47,24 @@ class Rotation(NamedTuple):
         packed, tau = torch.geqrf(x)
         v = packed.tril_(-1)
         v.diagonal().fill_(1)
-        order = (v.mT @ v).triu_()  # the inverse of what orders reflections (Puglisi, 1992)
-        order.diagonal().copy_(tau.reciprocal_())  # infinity for one that does nothing
-        one = torch.eye(len(order), dtype=order.dtype, device=order.device)
-        return cls(v, torch.linalg.solve_triangular(order, one, upper=True) @ v.mT)
+        inverse = (v.mT @ v).triu_()  # of t (Puglisi, 1992)
+        inverse.diagonal().copy_(tau.reciprocal_())  # infinity for a reflection that does nothing
+        one = torch.eye(len(inverse), dtype=inverse.dtype, device=inverse.device)
+        return cls(v, torch.linalg.solve_triangular(inverse, one, upper=True))
 
     def basis(self) -> Tensor:
         """(n, r)."""
-        first = (self.v @ self.tail[:, : self.v.shape[1]]).neg_()
+        first = (self.v @ (self.t @ self.v[: len(self.t)].mT)).neg_()
         first.diagonal().add_(1)
         return first
 
     def turn_(self, x: Tensor) -> Tensor:
         """x Q (m, n), in place: its columns in the basis, then those outside."""
-        return x.addmm_(x @ self.v, self.tail, alpha=-1)
+        return x.addmm_(x @ self.v @ self.t, self.v.mT, alpha=-1)
 
     def back_(self, x: Tensor, thin: Tensor) -> Tensor:
-        """x Q^T (m, n), in place; `thin` is x tail^T, (m, r)."""
-        return x.addmm_(thin, self.v.mT, alpha=-1)
+        """x Q^T (m, n), in place; `thin` is x v, (m, r)."""
+        return x.addmm_(thin @ self.t.mT, self.v.mT, alpha=-1)
 
 
 def near_orthonormal(x: Tensor, basis: Tensor) -> Tensor:
@@ -151,18 +154,20 @@ def follow(g: Tensor, basis: Tensor, gram: Tensor, decay: float) -> tuple[Tensor
     """One power iteration on H = decay * U S U^T + (1 - decay) g^T g, of which only U and S are kept.
 
     g (..., m, n), basis U (..., n, r) and gram S (..., r, r), both changed in place; returns g U for the new U,
-    (..., m, r), and on a CPU, where fewer columns than g's shorter side are outside of U, the rotation onto it.
+    (..., m, r), and of one matrix on a CPU, where it is thin and leaves fewer columns than rows, the rotation onto it.
 
         U <- QR(H U)        S <- U^T H U, symmetrised
     """
     across = gram @ basis.mT  # H U on its side: rows are fast to write
     add_product_(across, (g @ basis).mT, g, alpha=1 - decay, beta=decay)
     (m, n), r = g.shape[-2:], basis.shape[-1]
-    fewer = on_host(g) and 0 < n - r < m and not torch.compiler.is_compiling()  # reflections are in no graph
-    rotation = Rotation.onto(across.mT) if fewer else None
+    one = g.ndim == 2 and on_host(g) and not torch.compiler.is_compiling()  # reflections are in no graph
+    rotation = Rotation.onto(across.mT) if one and n - r < m and TURNED_SHARE * r <= n else None
     turned = _fast_orthonormal(across.mT, basis) if rotation is None else rotation.basis()
+    del across
     turn = basis.mT @ turned
     basis.copy_(turned)
+    del turned
     image = g @ basis
     projected = add_product_(turn.mT @ gram @ turn, image.mT, image, alpha=(1 - decay) / 2, beta=decay / 2)
     torch.add(projected, projected.mT, out=gram)

@@ -35,9 +35,9 @@ NORM_EPS = 1e-7  # Muon's, beside the norm of what is orthogonalised
 class COSMOS(MatrixOptimizer):
     """Muon's state plus thin factors: 4 (mn + r (m + n) + r^2) bytes for a matrix in float32.
 
-    The RMS of a matrix step is lr * lr_ratio whatever the gradient's size, so a parameter whose gradient is exactly
-    zero is left alone altogether (momentum would go on moving it at full speed). `rank` is cut to the matrix's smaller
-    side. Weight decay is multiplied by lr, not by lr * lr_ratio.
+    The RMS of a matrix step is lr * lr_ratio, to 1e-4, whatever the gradient's size, so a parameter whose gradient is
+    exactly zero is left alone altogether (momentum would go on moving it at full speed). `rank` is cut to the matrix's
+    smaller side. Weight decay is multiplied by lr, not by lr * lr_ratio.
     """
 
     lr: float = hyper(2e-3, ge=0, doc="step size; a matrix moves by lr * lr_ratio (RMS), the rest like AdamW at lr")
@@ -105,7 +105,7 @@ class COSMOS(MatrixOptimizer):
 
     @staticmethod
     def conclude(u: Tensor, h: Any, adam: Tensor, *kept: Tensor) -> Tensor:
-        if len(kept) == 2:
+        if len(kept) == 2:  # a rotation in place of the basis
             return _rotated(u, h, adam, Rotation(*kept))
         (basis,) = kept
         u = u.to(adam.dtype, memory_format=torch.contiguous_format)
@@ -133,7 +133,8 @@ def _rest(
         d = d[:, r:]
     size, noise = norm(d), DEAD_ZONE * math.sqrt(basis.shape[1]) * torch.finfo(d.dtype).eps
     alive = size > noise * torch.hypot(size, norm(low))  # of all that was there, by Pythagoras
-    return d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype)).to(product_dtype(g))
+    d = d.mul_(torch.where(alive, 1 / (size + NORM_EPS * weight), 0).to(d.dtype))
+    return d.to(product_dtype(g)).contiguous()  # without the columns in the basis
 
 
 def _rotated(u: Tensor, h: Any, adam: Tensor, rotation: Rotation) -> Tensor:
@@ -144,8 +145,9 @@ def _rotated(u: Tensor, h: Any, adam: Tensor, rotation: Rotation) -> Tensor:
     size = norm(outside)
     muon = to_rms(size, m * n, h.gamma, h.eps)
     whole = to_rms(torch.hypot(norm(adam), size * muon), m * n, h.lr_ratio, h.eps)  # by Pythagoras
-    outside.mul_(muon * whole)
+    scale = (muon * whole).clamp_max_(torch.finfo(muon.dtype).max)  # zeros stay zeros
+    outside.mul_(scale)
     torch.mul(adam, whole, out=inside)
     # Of u, which is rounded already, in its own dtype.
-    thin = (u @ rotation.tail[:, r:].mT.to(u.dtype)).to(adam.dtype).mul_(muon * whole)
-    return rotation.back_(both, thin.addmm_(inside, rotation.tail[:, :r].mT))
+    thin = (u @ rotation.v[r:].to(u.dtype)).to(adam.dtype).mul_(scale).addmm_(inside, rotation.v[:r])
+    return rotation.back_(both, thin)
