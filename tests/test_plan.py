@@ -470,3 +470,14 @@ def test_a_plan_keeps_no_model(release: bool) -> None:
         planning.plan(make, optimzoo.SWAN, batch, loss=lambda model, x: model(x).sum(), release=release)
     gc.collect()
     assert [ref() for ref in kept] == [None, None]
+
+
+def test_a_plan_gives_back_what_it_hides_from_the_garbage_collector() -> None:
+    for frozen in (False, True):
+        if frozen:
+            gc.freeze()
+        try:
+            planning.plan(tiny, optimzoo.SWAN)
+            assert bool(gc.get_freeze_count()) == frozen  # somebody else's stays
+        finally:
+            gc.unfreeze()

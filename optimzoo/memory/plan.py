@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from optimzoo.memory.fakes import StandIn, checkpoint_blocks, device_of, fake_model, fake_tensor
 from optimzoo.memory.ledger import human
-from optimzoo.memory.rehearsal import Loss, Make, Rehearsal, Release, default_loss
+from optimzoo.memory.rehearsal import Loss, Make, Rehearsal, Release, default_loss, garbage_of_its_own
 from optimzoo.memory.timeline import Timeline, share
 
 NOT_COVERED = (
@@ -101,7 +101,7 @@ def plan(
         if value < 1:
             raise ValueError(f"plan: {name}={value} must be at least 1")
     mode = StandIn(torch.device(device).type if device else device_of(model))
-    with torch.enable_grad(), mode, Timeline(world_size) as timeline:
+    with garbage_of_its_own(), torch.enable_grad(), mode, Timeline(world_size) as timeline:
         fake = fake_model(model, mode)
         if convert is not None:
             convert(fake)

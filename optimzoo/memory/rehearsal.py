@@ -149,6 +149,19 @@ class Rehearsal:
                     optimizer.step()
 
 
+@contextmanager
+def garbage_of_its_own() -> Iterator[None]:
+    """What is collected inside was made inside: to look through all that a process holds takes a third of a second."""
+    if gc.get_freeze_count():  # somebody else's, which could not be given back
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """The output's `loss`, or the mean of its first tensor."""
     output = call(model, batch)
