@@ -43,7 +43,7 @@ def test_follows_the_official_trajectory():
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16)])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_follows_the_reference_in_float64(shape, nesterov):
-    options = {"lr": 1e-2, "rank": 5, "gamma": 0.4, "lr_ratio": 0.3, "weight_decay": 0.05, "betas": (0.9, 0.97)}
+    options = {"lr": 1e-2, "rank": 3, "gamma": 0.4, "lr_ratio": 0.3, "weight_decay": 0.05, "betas": (0.9, 0.97)}
     p = matrix(*shape, dtype=torch.float64)
     draw = np.random.default_rng(1)
     gradients = draw.standard_normal((10, *shape))
@@ -56,7 +56,7 @@ def test_follows_the_reference_in_float64(shape, nesterov):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "zero columns", "rank 3", "falls"])
-@pytest.mark.parametrize(("shape", "rank"), [((40, 32), 1), ((32, 32), 10), ((30, 36), 9), ((9, 10), 3), ((3, 3), 1)])
+@pytest.mark.parametrize(("shape", "rank"), [((40, 32), 1), ((32, 32), 8), ((30, 36), 9), ((9, 10), 2), ((4, 4), 1)])
 def test_fewer_columns_outside_of_the_basis_are_no_other_step(shape, rank, kind, monkeypatch):
     """In float64, in which products of what a basis leaves of a matrix are as exact as those of its own columns."""
 
@@ -252,10 +252,11 @@ def test_options_live_in_the_groups_and_in_the_checkpoint():
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (1376, 512), (512, 1376), (420, 512)])
-@pytest.mark.parametrize("rank", [32, 170, 200])
+@pytest.mark.parametrize("rank", [32, 128, 170])
 @pytest.mark.parametrize("narrow", [True, False])
 def test_workspace_in_largest_matrices(shape, rank, narrow, monkeypatch):
     monkeypatch.setattr(storage, "_CPU_HAS_BFLOAT16", narrow)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as many are stacked
     ps = [matrix(*shape) for _ in range(2)]
     opt = COSMOS([(f"w{i}", p) for i, p in enumerate(ps)], rank=rank)
     for p in ps:

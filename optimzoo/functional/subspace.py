@@ -17,8 +17,8 @@ EXACT_SHARE = 4
 GRAM_SIDE = 1024
 """Up to this smaller side a Gram matrix is made once; above, and without its memory, each product is two with g."""
 
-TURNED_SHARE = 3
-"""Up to a rank of one in so many columns a matrix is turned; above, what is r wide would take a step's workspace."""
+TURNED_SHARE = 4
+"""Up to a rank of one in so many columns a matrix is turned; above a third what is r wide would take the workspace."""
 
 POWERS, FILTERS = 2, 4
 """Passes that find the subspace: of what 64 vectors can hold of a Gaussian matrix, the hardest, 0.9998 at 1376 x 512
