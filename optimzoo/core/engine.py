@@ -7,7 +7,7 @@
 * rules in stages several matrices of one shape at a time, as many as the rule's workspace has room for;
 * everything else one matrix at a time;
 * of the last three, with `engine="compiled"`, those that `graphs.wanted` names as a graph; rules in stages on a CPU end
-  by their `host_conclude`.
+  by their `host_conclude`, where they have one.
 """
 
 import functools

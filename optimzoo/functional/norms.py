@@ -62,6 +62,9 @@ def scale_to_rms_(x: Tensor, rms: float = 1.0, eps: float = 0.0) -> Tensor:
 
 
 def to_rms(size: Tensor, count: int, rms: float, eps: float = 0.0) -> Tensor:
-    """What brings `count` numbers of norm `size` to the root mean square `rms`, a positive one; finite for zeros."""
+    """What brings `count` numbers of norm `size` to the root mean square `rms`; for zeros some finite number.
+
+    `eps` is added to the norm before; where it is 0, `rms` must not be.
+    """
     tiny = torch.finfo(size.dtype).tiny
     return (size + eps).div_(rms * math.sqrt(count)).clamp_min_(tiny).reciprocal_()
