@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from optimzoo.memory import KINDS, Entry, History, Ledger, StepMemory, Workspace, ledger, plain_tensors, track
+from optimzoo.memory import (
+    KINDS,
+    Entry,
+    History,
+    Ledger,
+    StepMemory,
+    Workspace,
+    ledger,
+    log_memory,
+    plain_tensors,
+    track,
+)
 
 MATRIX = 512 * 1024 * 4
 
@@ -789,6 +801,24 @@ def test_own_history_is_completed_not_doubled() -> None:
     assert list(history) == [StepMemory(1, 123), StepMemory(2, 123, 40), StepMemory(3, 123)]
     assert "step" not in vars(opt)
     assert ledger(opt).total == 0
+
+
+def test_measuring_later_ends_no_logging() -> None:
+    rows: list[dict] = []
+    run = SimpleNamespace(log=lambda row, commit: rows.append(row))
+    opt = Own([nn.Parameter(torch.zeros(10))])
+    log_memory(opt, run)
+    log_memory(opt, run)  # to another run, say
+    history = track(opt, workspace=True)
+    opt.step()
+    assert rows == [{"memory/state_bytes": 123}] * 2
+    assert list(history) == [StepMemory(1, 123, 40)]
+    history.remove()
+    opt.step()
+    assert len(rows) == 2
+    track(opt, workspace=True)
+    opt.step()
+    assert history[-1] == StepMemory(3, 123, 40)
 
 
 def test_history_keeps_the_newest() -> None:

@@ -29,6 +29,7 @@ class History(Opaque, Sequence[StepMemory]):
     def __init__(self, records: Iterable[StepMemory] = (), maxlen: int | None = 10_000) -> None:
         self._records = deque(records, maxlen)
         self._undo: list[Callable[[], None]] = []
+        self._measured = False  # whether a wrapper adds the workspace to records that the optimizer makes itself
 
     def append(self, record: StepMemory) -> None:
         """Add the newest record; the oldest falls out when there are `maxlen`."""
@@ -36,6 +37,7 @@ class History(Opaque, Sequence[StepMemory]):
 
     def remove(self) -> None:
         """Give the optimizer its own `step` back; the records stay. Without tracking this does nothing."""
+        self._measured = False
         while self._undo:
             self._undo.pop()()
 
@@ -68,8 +70,8 @@ def track(optimizer: torch.optim.Optimizer, workspace: bool = False) -> History:
     """
     own = getattr(optimizer, "memory_history", None)
     if isinstance(own, History):
-        own.remove()
-        if workspace:
+        if workspace and not own._measured:
+            own._measured = True
             _wrap_step(optimizer, own, functools.partial(_complete, own), workspace=True)
         return own
     history, count = History(), 0
