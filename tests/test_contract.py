@@ -94,16 +94,60 @@ def test_refuses_what_it_cannot_optimize(cls):
         cls(torch.zeros(3, requires_grad=True))
     with pytest.raises(TypeError, match="'w' is complex"):
         cls([("w", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])
-    p = nn.Parameter(torch.empty(16, 16, device="meta"))
-    opt = cls([("w", p)])
-    p.grad = torch.empty_like(p)
-    with pytest.raises(RuntimeError, match="'w' is on the meta device"):
+    p = nn.Parameter(torch.zeros(4, 4))
+    for unordered in ({p}, [{"params": {p}}]):
+        with pytest.raises(TypeError, match=r"have no order.*give a list"):
+            cls(unordered)
+    with pytest.raises(TypeError, match=r"'0' is torch.float8_e4m3fn"):
+        cls([nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn))])
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 16))
+    opt = cls(model)
+    model.to_empty(device="cpu")  # puts other parameters in their places
+    model(torch.ones(2, 16)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"'0.weight' is on the meta device"):
         opt.step()
     embedding = nn.Embedding(9, 4, sparse=True)
     opt = cls(embedding)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="'weight' is sparse"):
         opt.step()
+
+
+@every
+def test_a_group_taken_out_is_gone_and_one_refused_was_never_there(cls):
+    model = tiny()
+    opt = build(cls, model)
+    train(model, opt, 0, 2)
+    held = opt.memory().total
+    more = nn.Parameter(torch.zeros(8, 8, dtype=torch.float16))
+    group = {"params": [("more", more)], "fallback": True}
+    with pytest.raises(TypeError, match="'more' is float16"):
+        opt.add_param_group({**group, "rounding": "stochastic"})
+    assert opt.memory().total == held
+    train(model, opt, 2, 3)
+    opt.add_param_group(group)
+    assert "more" in opt.memory().by("param")
+    del opt.param_groups[-1]
+    more.grad = torch.zeros(8, 8, dtype=torch.float16).to_sparse()  # nobody looks at it
+    train(model, opt, 3, 4)
+    assert "more" not in opt.memory().by("param").keys() | {name for name, *_ in opt.routes()}
+    assert opt.memory().total == opt.memory_history[-1].state_bytes
+
+
+@every
+def test_options_of_a_group_are_checked_when_they_are_changed(cls):
+    opt = build(cls, tiny())
+    opt.param_groups[0]["weight_decay"] = -1.0
+    with pytest.raises(ValueError, match=r"weight_decay=-1.0"):
+        opt.step()
+
+
+@plain
+def test_groups_of_a_module_want_names(cls):
+    opt = cls(tiny())
+    with pytest.raises(ValueError, match=r"\(name, tensor\) pairs"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(4, 4))]})
 
 
 @every
@@ -292,6 +336,22 @@ def test_loads_by_name_when_the_order_differs(cls):
     train(model, opt, 4, 7)
     train(twin, turned, 4, 7)
     assert same(weights(model), weights(twin))
+
+
+@plain
+def test_loads_by_position_when_names_repeat(cls):
+    def made(fill):
+        ps = [nn.Parameter(torch.zeros(8, 8)) for _ in range(2)]
+        opt = cls([("w", ps[0]), ("module.w", ps[1])], **short_options(cls))
+        for i, p in enumerate(ps):
+            p.grad = torch.full_like(p, fill * (i + 1)).addcmul_(torch.eye(8), torch.tensor(fill))
+        opt.step()
+        return opt, ps
+
+    (opt, ps), (other, qs) = made(0.5), made(3.0)
+    other.load_state_dict(reload(opt.state_dict()))
+    for p, q in zip(ps, qs, strict=True):
+        assert all(torch.equal(t, other.state[q][key]) for key, t in opt.state[p].items())
 
 
 @plain

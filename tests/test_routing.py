@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from optimzoo import SWAN, AdamW, param_groups
+from optimzoo.functional.names import clean_name
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,6 +38,24 @@ def test_bert_as_long_as_it_is_wide():
     assert found["bert.encoder.layer.0.output.dense.weight"] == "swan"
     assert found["bert.embeddings.position_embeddings.weight"] == "adamw"
     assert found["bert.embeddings.word_embeddings.weight"] == "adamw"
+
+
+def test_heads_are_known_by_the_names_of_their_modules():
+    layers = {name: nn.Linear(16, 10) for name in ("body", "head", "score", "classifier", "headroom", "underscore")}
+    model = nn.Module()
+    model.inner = nn.ModuleDict(layers)
+    names = {f"inner.{name}.weight" for name in ("body", "headroom", "underscore")}
+    for params in (model, model.named_parameters()):
+        assert {name for name, _, rule, _, _ in SWAN(params).routes() if rule == "swan"} == names
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=5
+    )
+    assert rules(transformers.LlamaForSequenceClassification(config))["score.weight"] == "adamw"
+
+
+def test_wrappers_are_whole_parts_of_a_name():
+    assert clean_name("module._orig_mod.layers.0._fsdp_wrapped_module.weight") == "layers.0.weight"
+    assert clean_name("vision_module.submodule.module.weight") == "vision_module.submodule.weight"
 
 
 def test_gpt2_is_seen_as_out_by_in():

@@ -14,10 +14,11 @@ from torch import Tensor
 from optimzoo.core.groups import GROUP_KEYS
 from optimzoo.core.hyper import shown
 from optimzoo.core.member import Member, specs
-from optimzoo.core.routing import LAYOUTS, clean_name
+from optimzoo.core.routing import LAYOUTS
 from optimzoo.core.shards import local
 from optimzoo.core.slots import COARSE_KINDS
 from optimzoo.core.storage import ERROR, SCALE, is_scale, transfer
+from optimzoo.functional.names import clean_name
 from optimzoo.functional.quantize import blocks
 from optimzoo.functional.random import fold
 
@@ -117,7 +118,7 @@ def _accepted(optimizer: "ZooOptimizer", loaded: dict[str, Any], states: list[di
 
 
 def _saved_ids(optimizer: "ZooOptimizer", loaded: list[dict[str, Any]]) -> dict[Tensor, int]:
-    """Parameter -> its number in the file: by name where both sides have names, else by position."""
+    """Parameter -> its number in the file: by name where both sides have names of their own, else by position."""
     live = optimizer.param_groups
     sizes = [len(g["params"]) for g in live], [len(g["params"]) for g in loaded]
     if sizes[0] != sizes[1]:
@@ -129,17 +130,17 @@ def _saved_ids(optimizer: "ZooOptimizer", loaded: list[dict[str, Any]]) -> dict[
 
 
 def _pairs(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[Tensor, int]]:
-    if "param_names" not in ours or "param_names" not in theirs:
+    names, saved = ([clean_name(name) for name in group.get("param_names", [])] for group in (ours, theirs))
+    if "param_names" in theirs and len(saved) != len(theirs["params"]):
+        raise ValueError("this optimizer state is damaged: a group has not as many names as parameters")
+    if any(len(set(side)) < len(ours["params"]) for side in (names, saved)):  # none, or one name twice
         yield from zip(ours["params"], theirs["params"], strict=True)
         return
-    if len(theirs["param_names"]) != len(theirs["params"]):
-        raise ValueError("this optimizer state is damaged: a group has not as many names as parameters")
-    numbers = {clean_name(name): i for name, i in zip(theirs["param_names"], theirs["params"], strict=True)}
-    for name, p in zip(ours["param_names"], ours["params"], strict=True):
-        if clean_name(name) not in numbers:
-            some = ", ".join(list(numbers)[:5])
-            raise ValueError(f"the checkpoint has no parameter {clean_name(name)!r}; it has {some}, ...")
-        yield p, numbers[clean_name(name)]
+    numbers = dict(zip(saved, theirs["params"], strict=True))
+    for name, p in zip(names, ours["params"], strict=True):
+        if name not in numbers:
+            raise ValueError(f"the checkpoint has no parameter {name!r}; it has {', '.join(saved[:5])}, ...")
+        yield p, numbers[name]
 
 
 def _fitting(optimizer: "ZooOptimizer", member: Member, saved: dict[str, Any]) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def run(
     waiting: dict[tuple, list[Task]] = defaultdict(list)
     alone: list[Task] = []
     members = list(members)
-    compiled = {m.p: m for m in members if host_lists.wanted(m, states[m.p], count)}  # before anything moves
+    compiled = {m.p: m for m in members if host_lists.wanted(m, states, count)}  # before anything moves
     members = [m for m in members if m.p not in compiled] if compiled else members
     skipped = host_lists.step(compiled.values(), states, lr, count)
     shared, largest, captured = admit_shared(members), _largest(members), capturing()

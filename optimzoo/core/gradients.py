@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_gradient(p: Tensor, name: str) -> None:
-    """Refuse, by name, a gradient that no rule could use."""
+    """Refuse, by name, a parameter without memory and a gradient that no rule could use."""
+    if p.is_meta:  # which after to_empty() is no parameter of the model any more, so that it has no gradient either
+        raise RuntimeError(
+            f"parameter {name!r} is on the meta device: give the model memory, then make the optimizer, then step()"
+        )
     g = p.grad
     if g is None:
         return
-    if p.is_meta:
-        raise RuntimeError(f"parameter {name!r} is on the meta device: give the model memory before step()")
     if g.layout is not torch.strided:
         raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")
     if not shards.alike(g, p):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimzoo.core.routing import clean_name
 from optimzoo.core.shards import refuse_placement
+from optimzoo.functional.names import clean_name
 
 # What a group may hold beside options: torch's and schedulers' bookkeeping, and the routing flags.
 GROUP_KEYS = frozenset(
@@ -18,6 +18,7 @@ GROUP_KEYS = frozenset(
 
 def as_groups(params: Any, owner: str) -> list[dict[str, Any]]:
     """Tensors, (name, tensor) pairs or groups -> new group dictionaries with lists of parameters."""
+    _refuse_unordered(params)
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise TypeError(f"{owner} takes a module, an iterable of parameters or groups, not {type(params).__name__}")
     items = list(params)
@@ -33,10 +34,28 @@ def named(group: Any) -> dict[str, Any]:
     """A copy of the group with `params` as tensors and, where (name, tensor) pairs were given, `param_names`."""
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError("a parameter group is a dictionary with the key 'params'")
+    _refuse_unordered(group["params"])
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     if params and all(isinstance(item, tuple) for item in params):
         return {**group, "params": [p for _, p in params], "param_names": [name for name, _ in params]}
     return {**group, "params": params}
+
+
+def refuse_other_names(group: dict[str, Any], others: list[dict[str, Any]], owner: str) -> None:
+    """All groups have names for their parameters, or none has."""
+    if not others or ("param_names" in group) == ("param_names" in others[0]):
+        return
+    if "param_names" in others[0]:
+        raise ValueError(
+            f"{owner}: the groups so far have names, as those made from a module do: give (name, tensor) pairs, such "
+            "as layer.named_parameters()"
+        )
+    raise ValueError(f"{owner}: the groups so far have no names: give tensors alone, or names for all of them")
+
+
+def _refuse_unordered(params: Any) -> None:
+    if isinstance(params, set | frozenset):
+        raise TypeError("parameters in a set have no order by which to find their state again: give a list of them")
 
 
 def names_of(groups: list[dict[str, Any]], index: int) -> list[str]:
@@ -56,6 +75,8 @@ def refuse(p: Tensor, name: str, owner: str) -> None:
         raise TypeError(f"{owner}: parameter {name!r} is complex; optimize torch.view_as_real of it instead")
     if not p.is_floating_point():
         raise TypeError(f"{owner}: parameter {name!r} is {p.dtype}; only floating-point parameters can be optimized")
+    if p.dtype.itemsize < 2:
+        raise TypeError(f"{owner}: parameter {name!r} is {p.dtype}, too coarse to be trained; keep it in bfloat16")
     if p.layout is not torch.strided:
         raise TypeError(f"{owner}: parameter {name!r} is {p.layout}, which is not supported; use dense parameters")
     if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):

@@ -15,14 +15,14 @@ from optimzoo.functional import host_kernel
 PRODUCTS = (torch.bfloat16,)  # dtypes that `host_conclude` takes them in
 
 
-def wanted(member: Member, state: State, count: int) -> bool:
+def wanted(member: Member, states: dict[Tensor, State], count: int) -> bool:
     """Whether a rule's `host_update` takes this step: not where ranks share it, or numbers are no float32."""
     p, g, rule, h, layout = member.p, member.p.grad, member.route.rule, member.route.h, member.route.layout
     if h.engine != "compiled" or rule.host_update is None or g is None or not possible(member, g, count):
         return False
     if not rule.fits_host_update(matrix_shape(p, layout), h) or g.shape != p.shape:
         return False
-    slots = all(host_kernel.reads(t, (torch.float32, torch.int32)) for t in state.values())
+    slots = all(host_kernel.reads(t, (torch.float32, torch.int32)) for t in states[p].values())
     return slots and host_kernel.reads(p) and host_kernel.reads(g) and host_kernel.works()
 
 

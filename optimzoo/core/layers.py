@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.core.matrix import MatrixOptimizer
 from optimzoo.core.member import Member
-from optimzoo.core.routing import clean_name
 from optimzoo.core.shards import is_sharded
 from optimzoo.core.slots import Slot
+from optimzoo.functional.names import clean_name
+from optimzoo.functional.slices import has_values
 
 
 class Scheduled(Protocol):
@@ -114,5 +114,4 @@ COUNTER = Slot((), "counter")  # in the weight's dtype: a slot of another one wo
 
 def count_of(layer: Scheduled) -> int:
     """How often the layer was reselected; 0 for one that is only planned."""
-    counter = layer.reselections
-    return 0 if isinstance(counter, FakeTensor) or counter.is_meta else int(counter)
+    return int(layer.reselections) if has_values(layer.reselections) else 0

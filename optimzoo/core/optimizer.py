@@ -26,7 +26,6 @@ In return it sees plain tensors of at least float32, matrices as (out, in) and, 
 never a missing, sparse or non-finite gradient.
 """
 
-import collections
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -38,12 +37,13 @@ from optimzoo.core import checkpoint, stacks
 from optimzoo.core.capture import refuse_capture
 from optimzoo.core.engine import run
 from optimzoo.core.gradients import check_gradient
-from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse
+from optimzoo.core.groups import GROUP_KEYS, Routes, as_groups, named, names_of, refuse, refuse_other_names
 from optimzoo.core.hyper import Hyper, dtype_name, hashable, hyper, nearest, options_of, options_type, signature
 from optimzoo.core.lost import Lost
 from optimzoo.core.member import Member, specs
 from optimzoo.core.routing import LAYOUTS, Route, param_groups
 from optimzoo.core.shards import is_sharded, local, placed
+from optimzoo.core.skips import Skips
 from optimzoo.core.storage import (
     ERROR,
     STATE_DTYPES,
@@ -117,8 +117,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, lr: float | Tensor | None = None, **options: Any) -> None:
         given = self.checked(options if lr is None else {"lr": lr, **options})
         self.memory_history = History()
-        self._skips: collections.Counter[str] = collections.Counter()
-        self._device_skips: dict[str, Tensor] = {}
+        self._skips = Skips()
         self._lost = Lost()
         self._plans: dict[int, tuple[Any, list[Member]]] = {}
         self._state_bytes = 0
@@ -173,6 +172,9 @@ class ZooOptimizer(torch.optim.Optimizer):
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Look at the groups once, before they are taken: refuse or warn."""
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Refuse options of a group that do not go together. Called with all of them, before the group is taken."""
+
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         """Called with the state of a checkpoint before any of it is written; raises to refuse it."""
 
@@ -209,8 +211,9 @@ class ZooOptimizer(torch.optim.Optimizer):
             for _, plan in self._plans.values():  # refused before anything has moved
                 for member in plan:
                     check_gradient(member.p, member.name)
-            for index, group in enumerate(self.param_groups):
+            for index in range(len(self.param_groups)):
                 self.step_members(index, self._plans[index][1])
+            for group in self.param_groups:
                 group["step"] += 1
             self.finish()
         done = max(group["step"] for group in self.param_groups)
@@ -233,11 +236,12 @@ class ZooOptimizer(torch.optim.Optimizer):
         if capturing():
             self.refuse_capture(group, paced)
         with without_autocast(paced[0].p.device if paced else None):
-            self._note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
+            self._skips.note(*run(paced, self.state, lr, group["step"], self.extras, self._lost))
 
     @contextmanager
     def count_lost(self) -> Iterator[Lost]:
         """Inside, count the updates that rounding swallowed; weights that need no rounding are left out."""
+        before = self._lost
         self._lost = Lost(
             (member.name, torch.zeros(2, dtype=torch.int64, device=p.device))
             for p, (_, member) in self.begin().items()
@@ -247,7 +251,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         try:
             yield self._lost
         finally:
-            self._lost = Lost()
+            self._lost = before
             self._settle()
 
     def memory(self) -> Ledger:
@@ -270,8 +274,7 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def skipped(self) -> dict[str, int]:
         """Parameter name -> how many steps left it alone because of its gradient."""
-        counts = self._skips + collections.Counter({name: int(count) for name, count in self._device_skips.items()})
-        return dict(counts)
+        return self._skips.counts()
 
     def forget(self, p: Tensor) -> None:
         """Put one parameter's slots back to how they started."""
@@ -284,6 +287,7 @@ class ZooOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; the dictionary given is left as it was."""
         group = named_options(type(self), named(param_group))
+        refuse_other_names(group, self.param_groups, type(self).__name__)
         taken = {p for other in self.param_groups for p in other["params"]}
         for p, name in zip(group["params"], names_of([*self.param_groups, group], len(self.param_groups)), strict=True):
             refuse(p, name, type(self).__name__)
@@ -292,12 +296,18 @@ class ZooOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: parameter {name!r} is given twice; one step would move it twice"
                 )
             taken.add(p)
+        self.check_group(self.defaults | group)
         super().add_param_group(group)
         *others, added = self.param_groups
         if isinstance(added["lr"], Tensor) and any(other["lr"] is added["lr"] for other in others):
             added["lr"] = added["lr"].clone()  # a schedule that multiplies would lower a shared one once a group
         if self._plans:
-            self._remember()
+            try:
+                self._remember()
+            except Exception:  # a route may refuse a parameter
+                self.param_groups.pop()
+                self._remember()
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state as plain tensors and numbers, with an entry for every trainable parameter."""
@@ -348,7 +358,9 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def _remember(self) -> None:
         """Give every trainable parameter its slots, drop those of parameters in no group; idempotent, at every step."""
-        changed = False
+        changed = len(self._plans) > len(self.param_groups)
+        for index in range(len(self.param_groups), len(self._plans)):
+            del self._plans[index]
         for index, group in enumerate(self.param_groups):
             token = (
                 tuple(hashable(group[name]) for name in self.options if name != "lr"),
@@ -358,6 +370,8 @@ class ZooOptimizer(torch.optim.Optimizer):
             known = self._plans.get(index)
             if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
                 continue
+            group |= self.checked({name: group[name] for name in self.options if name != "lr"})
+            self.check_group(group)
             if capturing():
                 raise RuntimeError(
                     f"{type(self).__name__}: this step is being captured in a CUDA graph, and parameters or options "
@@ -383,12 +397,13 @@ class ZooOptimizer(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Drop what belongs to nobody and count what is held, so that a step need not walk."""
-        owned = {member.p for _, plan in self._plans.values() for member in plan}
-        for p in [p for p in self.state if p not in owned]:
+        members = [member for _, plan in self._plans.values() for member in plan]
+        for p in self.state.keys() - {member.p for member in members}:
             del self.state[p]
+        self._skips.watch(members)
         self._state_bytes = sum(_bytes(slots.values()) for slots in self.state.values())
         options = [value for group in self.param_groups for value in group.values() if isinstance(value, Tensor)]
-        beside = (*options, *self._device_skips.values(), *self._lost.values())
+        beside = (*options, *self._skips.tensors(), *self._lost.values())
         self._state_bytes += _bytes(beside)
 
     def _fit(self, member: Member, group: dict[str, Any], have: dict[str, Tensor]) -> None:
@@ -412,30 +427,11 @@ class ZooOptimizer(torch.optim.Optimizer):
             if old is not slots[key] and old.shape == slots[key].shape and old.device.type != "meta":
                 transfer(have, slots, key, fold(0, member.name, key))
         self.state[p] = slots
-        if not on_host(p):  # counted on the device, where asking would synchronise
-            self._device_skips.setdefault(member.name, torch.zeros((), dtype=torch.int32, device=p.device))
-
-    def _note(self, names: list[str], unknown: list[tuple[list[str], Tensor]]) -> None:
-        self._skips.update(names)
-        alike: dict[torch.device, list[tuple[list[str], Tensor]]] = collections.defaultdict(list)
-        for asked, verdicts in unknown:  # one by one where ranks share parameters
-            alike[verdicts.device].append((asked, verdicts))
-        for entries in alike.values():
-            bad: dict[str, Tensor] = {}
-            every = torch.cat([verdicts for _, verdicts in entries])
-            told = [name for asked, _ in entries for name in asked]
-            for name, one in zip(told, (~every).to(torch.int32).unbind(), strict=True):
-                if name in bad:  # nobody keeps users from giving a name twice
-                    self._device_skips[name].add_(one)
-                elif name in self._device_skips:
-                    bad[name] = one
-            if bad:
-                torch._foreach_add_([self._device_skips[name] for name in bad], [*bad.values()])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps three attributes; ours would be lost by copy and pickle without this.
         self._remember()
-        kept = ("memory_history", "_skips", "_device_skips", "_state_bytes")
+        kept = ("memory_history", "_skips", "_state_bytes")
         return super().__getstate__() | {name: self.__dict__[name] for name in kept} | {"_plans": {}, "_lost": Lost()}
 
 

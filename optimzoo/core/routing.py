@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optimzoo.functional.names import clean_name
+
 FALLBACK_NAMES = (
     *("*embed*", "*wte*", "*wpe*"),
     *("*lm_head*", "head", "*.head", "*classifier*", "score", "*.score", "*router*"),
 )
 LAYOUTS = ("as is", "flattened", "transposed")
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -36,13 +37,6 @@ class Route:
     reason: str = "every parameter"
     layout: str = "as is"
     periodic: bool = False
-
-
-def clean_name(name: str) -> str:
-    """The parameter's own name: wrappers (DDP, compile, FSDP) must not change seeds or patterns."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def as_matrix(t: Tensor, layout: str) -> Tensor:
@@ -86,8 +80,9 @@ def why_not_matrix(p: Tensor, name: str, group: dict[str, Any]) -> str | None:
 def named_fallback(name: str) -> str | None:
     """The pattern by which a name reads like an embedding, a head or a bias; None when it does not."""
     lowered = clean_name(name).lower()
+    called = (lowered, lowered.rpartition(".")[0])  # the parameter, or the module whose parameter it is
     patterns = (*FALLBACK_NAMES, "*bias*")
-    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(lowered, pattern)), None)
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(one, p) for one in called)), None)
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module, str]]:

@@ -117,9 +117,9 @@ def placed(t: Tensor, p: Tensor) -> bool:
 
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have the same rows on this rank, as on all others."""
-    if is_sharded(a) and is_sharded(b):
-        return (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
-    return is_sharded(a) == is_sharded(b)
+    if not is_sharded(a):
+        return not is_sharded(b)
+    return is_sharded(b) and (a.device_mesh, a.placements) == (b.device_mesh, b.placements)
 
 
 def in_blocks(scale: Tensor, codes: Tensor, block: int) -> bool:

@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 def compute_dtype(weight: torch.dtype) -> torch.dtype:
     """The precision in which a rule sees gradients and slots: at least float32, the weight's own when wider."""
-    return torch.promote_types(weight, torch.float32)
+    return weight if weight == torch.float64 else torch.float32
 
 
 def slot_dtype(slot: Slot, weight: torch.dtype, state_dtype: str | None) -> torch.dtype:

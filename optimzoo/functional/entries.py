@@ -41,6 +41,13 @@ class Exchanges(NamedTuple):
     rate: float
     policy: str
 
+    def check(self) -> None:
+        """Refuse what cannot be followed."""
+        if self.total < 1:
+            raise TypeError("SFT needs total_steps=..., the updates of the whole run: entries move ever less")
+        if self.accumulate >= self.every:
+            raise ValueError(f"SFT: accumulate={self.accumulate} must be less than reselect_every={self.every}")
+
     def collects(self, update: int) -> bool:
         """Whether update number `update`, from 0, is one of these, and the exchange falls inside the run."""
         start = update - update % self.every

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.functional.random import generator
+from optimzoo.functional.slices import has_values
 
 BLOCK = 1 << 20  # elements of one block of rows: 4 MiB of float32
 TOKENS = 64  # rows of half-precision activations that are widened at a time on a CPU
@@ -41,7 +41,7 @@ def support(indices: Tensor, m: int, n: int) -> Support:
     """
     rows, k = block_rows(n), indices.numel()
     blocks = -(-m // rows)
-    if isinstance(indices, FakeTensor) or indices.is_meta:
+    if not has_values(indices):
         return Support(indices, [k * block // max(blocks, 1) for block in range(blocks + 1)])
     starts = torch.arange(blocks + 1, device=indices.device).mul_(rows * n).clamp_(max=m * n)
     return Support(indices, torch.searchsorted(indices, starts.to(indices.dtype)).tolist())

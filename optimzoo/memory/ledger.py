@@ -48,7 +48,7 @@ _KNOWN = {
     "projector": "projector ortho_matrix",
     "gram": "GG gram L R preconditioner",
     "history": "prev prev_flat_grad old_dirs old_stps ro al d prev_loss H_diag",
-    "counter": "step steps mu_product device_skips lost",
+    "counter": "step steps mu_product skips lost",
     "index": "index indices",
     "scale": "scale scales absmax absmax1 absmax2",
     "codes": "codes",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from optimzoo.core.hyper import Hyper, nearest
 
@@ -58,6 +59,14 @@ class Replacement(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product with x is computed in; autocast leaves float64 alone."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def plain(module: nn.Module) -> str | None:

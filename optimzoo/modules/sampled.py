@@ -1,6 +1,5 @@
 """`SampledLinear`: exact forward, weight gradient from a sample of the tokens (WTA-CRS)."""
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -12,13 +11,13 @@ from torch.nn import functional as F
 
 from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional import random
+from optimzoo.functional.names import clean_name
 from optimzoo.functional.sampling import CRITERIA, column_row_sample
 from optimzoo.memory.activations import saved
-from optimzoo.modules.replacement import Replacement
+from optimzoo.modules.replacement import Replacement, product_dtype
 from optimzoo.modules.sampled_site import SHARED, Sample, Site, any_block, row_norms, shared_site
 
 MIN_ROWS = 10  # fewer rows than this are not worth an estimate
-_WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def sample_size(n: int, ratio: float) -> int:
@@ -55,7 +54,7 @@ class SampledLinear(Replacement, nn.Linear):
         self.ratio: float = values["ratio"]
         self.criterion: str = values["criterion"]
         self.mix: float = values["mix"]
-        self.name = _WRAPPERS.sub("", name)
+        self.name = clean_name(name)
         self.seed = random.fold(values["seed"], self.name)
         self.site = Site([self])
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=self.weight.device))
@@ -119,7 +118,7 @@ class SampledLinear(Replacement, nn.Linear):
         weights = weights if norms is None else weights * norms
         k = sample_size(flat.shape[0], self.ratio)
         index, scale = column_row_sample(weights, k, advance(self.draws, self.seed), self.criterion, self.mix)
-        return flat.index_select(0, index).to(compute_dtype(x)), index, scale
+        return flat.index_select(0, index).to(product_dtype(x)), index, scale
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, ratio={self.ratio}, criterion={self.criterion!r}, mix={self.mix}"
@@ -148,14 +147,6 @@ class _SampledLinear(torch.autograd.Function):
             dw = picked.t().matmul(rows).to(weight.dtype)
         db = flat.sum(0).to(ctx.bias_dtype) if need_bias else None
         return dx, dw, db, None, None, None, None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a product with x is computed in; autocast leaves float64 alone."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def advance(draws: Tensor, seed: int) -> Tensor:

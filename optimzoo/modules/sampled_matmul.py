@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from optimzoo.functional import random
 from optimzoo.functional.sampling import column_row_sample
-from optimzoo.modules.sampled import SampledLinear, advance, compute_dtype, sample_size
+from optimzoo.modules.replacement import product_dtype
+from optimzoo.modules.sampled import SampledLinear, advance, sample_size
 from optimzoo.modules.sampled_site import row_norms
 
 
@@ -45,7 +46,7 @@ class SampledMatmul(nn.Module):
         k = sample_size(rows.shape[-2], self.ratio)
         seed = advance(self.draws, self.seed)
         index, scale = column_row_sample(row_norms(rows), k, seed, self.criterion, self.mix)
-        return _take(rows, index).to(compute_dtype(rows)), index, scale
+        return _take(rows, index).to(product_dtype(rows)), index, scale
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, criterion={self.criterion!r}, mix={self.mix}"

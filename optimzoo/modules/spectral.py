@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional.random import generator
-from optimzoo.modules.replacement import Replacement
+from optimzoo.functional.slices import has_values
+from optimzoo.modules.replacement import Replacement, product_dtype
 from optimzoo.modules.spectral_product import SpectralProduct, dense_weight
 
 SAMPLINGS = ("mix", "sigma", "uniform", "sequential", "topr")
+LENGTH_ROUNDING = 16  # times eps: what the length of a vector that was brought to length one may be off
 
 
 class SpectralLinear(Replacement):
@@ -91,10 +92,7 @@ class SpectralLinear(Replacement):
         return dense_weight(u_a, v_a, s, u_f, v_f, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        tokens = x.to(dtype).reshape(-1, self.in_features)
+        tokens = x.to(product_dtype(x)).reshape(-1, self.in_features)
         keep = torch.is_grad_enabled() and not self.recompute and self.evaluation != "materialised"
         cheaper = not keep and tokens.shape[0] > max(self.in_features, self.out_features)
         materialise = self.evaluation == "materialised" or (self.evaluation == "auto" and cheaper)
@@ -112,8 +110,11 @@ class SpectralLinear(Replacement):
     def renormalise(self) -> None:
         """Bring the factors back to what they stand for after a step: s >= 0, active vectors of length one."""
         self.s.clamp_(min=0)
-        self.U_a.div_(torch.linalg.vector_norm(self.U_a, dim=0, keepdim=True).clamp_min_(1e-12))
-        self.V_a.div_(torch.linalg.vector_norm(self.V_a, dim=1, keepdim=True).clamp_min_(1e-12))
+        for vectors, dim in ((self.U_a, 0), (self.V_a, 1)):
+            length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+            # What no step has moved is of length one but for rounding, and stays what it is to the bit.
+            moved = (length - 1).abs() > LENGTH_ROUNDING * torch.finfo(length.dtype).eps
+            vectors.div_(torch.where(moved, length.clamp_min(1e-12), 1))
 
     @torch.no_grad()
     def reselect(self, step: int, *, seed: int = 0, sampling: str = "mix") -> dict[Tensor, Tensor | None]:
@@ -127,7 +128,7 @@ class SpectralLinear(Replacement):
         if begins:
             self.resvd()
         source = None
-        if not (isinstance(self.s, FakeTensor) or self.s.is_meta):  # which vectors: a question about values
+        if has_values(self.s):  # which vectors: a question about values
             chosen = self.choose(step, seed, sampling)
             inside = torch.zeros(self.s.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
             source = self.swap((~inside[: self.rank]).nonzero()[:, 0], inside[self.rank :].nonzero()[:, 0] + self.rank)
