@@ -80,13 +80,14 @@ class Fixed:
         self.gradient = (self.probe.float().T @ self.x.float()).flatten()
         self.opt = SFT(self.model, **(SHORT | {"lr": 1e-3} | options))
         self.p = self.layer.values
+        self.clear = self.opt.zero_grad
 
     def backward(self, share: float = 1.0, factor: Tensor | float = 1.0) -> None:
         ((self.model(self.x) * self.probe).float() * share * factor).sum().backward()
 
     def run(self, steps: int, micro: int = 1) -> None:
         for _ in range(steps):
-            self.opt.zero_grad()
+            self.clear()
             for _ in range(micro):
                 self.backward(1 / micro)
             self.opt.step()
@@ -474,16 +475,33 @@ def test_a_loss_scale_and_clipping_reach_the_sums() -> None:
         torch.testing.assert_close(clipped.state[key], plain.state[key] * factor, rtol=1e-5, atol=0)
 
 
-def test_what_no_step_used_is_dropped() -> None:
+@pytest.mark.parametrize("by_model", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_no_step_used_is_dropped(before: int, by_model: bool) -> None:
     fixed, clean = Fixed(), Fixed()
-    fixed.run(1)
-    fixed.opt.zero_grad()
+    if by_model:  # as trainers do
+        fixed.clear = fixed.model.zero_grad
+    fixed.run(before)
+    fixed.clear()
     other = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
     (fixed.model(other) * fixed.probe).sum().backward()  # a step that a loss scaler skips
-    fixed.run(2)
+    fixed.run(3 - before)
     clean.run(3)
+    assert torch.equal(fixed.layer.indices, clean.layer.indices)
     torch.testing.assert_close(fixed.state["exp_avg"], clean.state["exp_avg"])
     assert torch.equal(fixed.state["age"], clean.state["age"])
+
+
+def test_a_layer_that_is_used_twice_in_a_pass_sums_both() -> None:
+    once, twice = Fixed(), Fixed()
+    for fixed in (once, twice):
+        fixed.clear = fixed.model.zero_grad
+    once.run(2)
+    for _ in range(2):
+        twice.clear()
+        sum(((twice.model(twice.x) * twice.probe) * share).sum() for share in (0.25, 0.75)).backward()
+        twice.opt.step()
+    torch.testing.assert_close(twice.state["grad_sum"], once.state["grad_sum"])
 
 
 @pytest.mark.parametrize("at", [0, 1])

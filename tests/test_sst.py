@@ -381,22 +381,47 @@ def test_models_in_bfloat16_train_with_float32_factors() -> None:
 
 def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     model = spectral()
-    opt = SST(model, **QUICK)
-    loss_of(model).backward()
-    model.square.s.grad[3] = math.nan
-    before = model.square.s.detach().clone()
-    opt.step()
-    assert torch.equal(model.square.s, before)
-    assert opt.skipped() == {"square.s": 1}
+    opt = SST(model, **QUICK | {"resample_every": 50})
+    train(model, opt, 0, 2)
+    bad = {name: p for name, p in model.named_parameters() if name.startswith("square.")}
+    before = {name: p.detach().clone() for name, p in bad.items()}
+    for missing in (False, True):
+        opt.zero_grad()
+        loss_of(model).backward()
+        for p in bad.values():
+            p.grad = None if missing else p.grad.fill_(math.nan)
+        opt.step()
+        assert all(torch.equal(p, before[name]) for name, p in bad.items())
+    assert opt.skipped() == dict.fromkeys(bad, 1)
 
 
 def test_frozen_layers_stay() -> None:
     model = tiny()
     model.tall.weight.requires_grad_(False)
     convert(model, SpectralLinear, match=LAYERS, rank=6)
-    before = model.tall.dense()
-    train(model, SST(model, **QUICK), 0, 20)
-    assert (model.tall.dense() - before).norm() / before.norm() < 1e-6
+    model.wide.requires_grad_(False)
+    before = {name: t.clone() for name, t in model.state_dict().items() if name.startswith(("tall.", "wide."))}
+    opt = SST(model, **QUICK)
+    train(model, opt, 0, 20)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+    model.wide.requires_grad_(True)
+    train(model, opt, 20, 40)
+    assert model.wide.reselections > 0
+
+
+def test_a_group_added_later_does_not_turn_the_schedule_back() -> None:
+    alone, joined = spectral(), spectral()
+    counts = []
+    for model in (alone, joined):
+        opt = SST(model, **QUICK)
+        train(model, opt, 0, 15)
+        if model is joined:
+            opt.add_param_group({"params": [("later", nn.Parameter(torch.zeros(3)))]})
+        train(model, opt, 15, 30)
+        counts.append([int(layer.reselections) for layer in layers(model)])
+        assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.parameters(), strict=True))
+    assert counts[0] == counts[1]
 
 
 def test_trains_and_merges() -> None:

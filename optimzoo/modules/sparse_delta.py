@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from optimzoo.core.hyper import Hyper, hyper
 from optimzoo.functional.random import fold
+from optimzoo.functional.slices import has_values
 from optimzoo.functional.sparse import (
     Support,
     entry_gradients,
@@ -22,7 +22,7 @@ from optimzoo.functional.sparse import (
     support,
 )
 from optimzoo.modules.delta_product import SparseDeltaProduct, delta_in_place, is_quantized, is_readable
-from optimzoo.modules.replacement import Replacement
+from optimzoo.modules.replacement import Replacement, product_dtype
 
 _BUDGETS = ("density", "entries", "lora_rank")
 _BUCKETS = 16
@@ -79,7 +79,7 @@ class SparseDeltaLinear(Replacement):
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Self:
         budget = cls.prepare({"": linear}, **options)[""]
         total = linear.out_features * linear.in_features
-        if isinstance(linear.weight, FakeTensor) or linear.weight.is_meta:  # nothing to draw: planned, not run
+        if not has_values(linear.weight):  # nothing to draw: planned, not run
             return cls(linear, torch.empty(budget["entries"], dtype=torch.int64, device=linear.weight.device))
         return cls(linear, random_entries(budget["entries"], total, budget["seed"]))
 
@@ -115,8 +115,8 @@ class SparseDeltaLinear(Replacement):
         bias: Tensor | None = self.base.bias
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the base weight of a SparseDeltaLinear is frozen: call base.requires_grad_(False)")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(product_dtype(x))
         elif x.dtype != weight.dtype and not is_quantized(weight):
             raise TypeError(f"the input is {x.dtype} and the weight {weight.dtype}; cast one of them or use autocast")
         bias = bias if bias is None else bias.to(x.dtype)
@@ -144,7 +144,7 @@ class SparseDeltaLinear(Replacement):
 
         They are chosen in the first backward and written into the tensor; a first element of -1 says that they are not.
         """
-        chosen = candidates is not None and not isinstance(candidates, FakeTensor) and bool(candidates[0] >= 0)
+        chosen = candidates is not None and has_values(candidates) and bool(candidates[0] >= 0)
         self._watch = None if candidates is None else Watch(candidates, self._read(candidates) if chosen else None)
 
     @property
@@ -186,6 +186,10 @@ class SparseDeltaLinear(Replacement):
         if watch.candidates.device != x.device:  # the model moved in between
             self.watch(watch.candidates.to(x.device))
             return self.value_gradient(grad, x)
+        backward = torch._C._current_graph_task_id()
+        if backward != watch.backward and self.values.grad is None:  # thrown away by the model's own zero_grad
+            self.clear_sums(keep=False)
+        watch.backward = backward
         if watch.chosen is None:
             found, best, sums = entry_gradients_and_candidates(grad, x, own, watch.candidates.numel())
             watch.candidates.copy_(best)
@@ -209,6 +213,7 @@ class Watch:
         self.fresh = chosen is None  # chosen since the last step, so thrown away with its sums
         self.sums: Tensor | None = None
         self.raw: Tensor | None = None
+        self.backward = -1  # the pass that added to them last
 
     def add(self, sums: Tensor, raw: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums.add_(sums)

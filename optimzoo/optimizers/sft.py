@@ -24,6 +24,7 @@ from optimzoo.core import AdamW, Route, Slot, ZooOptimizer, hyper
 from optimzoo.core.collecting import fold, follow
 from optimzoo.core.hyper import SMALLEST
 from optimzoo.core.layers import COUNTER, LayerOptimizer, scheduled_layers
+from optimzoo.core.member import Member
 from optimzoo.core.ranks import from_first_rank
 from optimzoo.functional.cover import sm3_sparse_update
 from optimzoo.functional.entries import Exchanges, adam_entries, grown_by_cover, grown_by_sums
@@ -100,14 +101,10 @@ class SFT(Entries, LayerOptimizer):
     total_steps: int = hyper(0, ge=1, doc="updates of the whole run; must be given")
 
     paper = "Ansell et al. 2024, arXiv:2401.16405"
+    _layer_of: dict[Tensor, Any]  # by its values
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
         super().__init__(params, lr, model=model, **options)
-        for plan in map(_schedule, self.param_groups):
-            if plan.total < 1:
-                raise TypeError("SFT needs total_steps=..., the updates of the whole run: entries move ever less")
-            if plan.accumulate >= plan.every:
-                raise ValueError(f"SFT: accumulate={plan.accumulate} must be less than reselect_every={plan.every}")
         if not any(layer.values in self.state for layer in self.layers.values()):
             raise ValueError("SFT got no values of a SparseDeltaLinear to train; check requires_grad and the groups")
         self._watch()
@@ -124,8 +121,15 @@ class SFT(Entries, LayerOptimizer):
     def inspect_groups(self, groups: list[dict[str, Any]]) -> None:
         """Bare matrices are nothing to warn of: AdamW takes them all."""
 
+    def members(self, index: int) -> list[Member]:
+        self._layer_of = {layer.values: layer for layer in self.layers.values()}
+        return super().members(index)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        _schedule(group).check()
+
     def route(self, p: Tensor, name: str, group: dict[str, Any], h: Any) -> Route:
-        layer = self._layer(p)
+        layer = self._layer_of.get(p)
         if layer is None:
             adamw = AdamW.hypers(group, betas=h.fallback_betas, eps=h.fallback_eps)
             return Route(AdamW, adamw, h.fallback_lr_scale, "it is no sparse delta")
@@ -137,7 +141,7 @@ class SFT(Entries, LayerOptimizer):
         return Route(rule, rule.hypers(group, rows=layer.out_features, cols=layer.in_features), reason="a sparse delta")
 
     def extras(self, p: Tensor) -> dict[str, Tensor]:
-        layer = self._layer(p)
+        layer = self._layer_of.get(p)
         return {} if layer is None else {"indices": layer.indices}
 
     def finish(self) -> None:
@@ -145,7 +149,7 @@ class SFT(Entries, LayerOptimizer):
         for group in self.param_groups:
             schedule, done, sums = _schedule(group), group["step"], group["regrow"] == "gradient"
             for p in group["params"]:
-                layer = self._layer(p)
+                layer = self._layer_of.get(p)
                 if layer is None or not p.requires_grad:
                     continue
                 if sums and schedule.collects(done - 1):
@@ -166,10 +170,6 @@ class SFT(Entries, LayerOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._watch()
-
-    def _layer(self, p: Tensor) -> Any:
-        """The layer whose values these are."""
-        return next((layer for layer in self.layers.values() if layer.values is p), None)
 
     def _watch(self) -> None:
         """Have the layers gather for the candidates of the phase that runs, if one does."""

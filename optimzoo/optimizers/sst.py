@@ -73,7 +73,7 @@ class SST(AdamW, LayerOptimizer):
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
         super().__init__(params, lr, model=model, **options)
         for name, layer in self.layers.items():
-            if count_of(layer) == 0:
+            if count_of(layer) == 0 and _trains(layer):
                 self._draw(name, 0)
 
     # Groups and routes.
@@ -98,9 +98,7 @@ class SST(AdamW, LayerOptimizer):
             if p.requires_grad and p not in given:
                 raise ValueError(f"SST: no group holds the singular {role.part} of {role.layer!r}; add its parameters")
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def check_group(self, group: dict[str, Any]) -> None:
         if group["warmup"] > group["resample_every"]:
             raise ValueError(
                 f"SST: warmup={group['warmup']} is longer than resample_every={group['resample_every']}, so the full "
@@ -130,8 +128,7 @@ class SST(AdamW, LayerOptimizer):
     def clock(self, place: int) -> tuple[int, int]:
         """(number of the draw that a layer trains now, steps that it has trained it)."""
         schedule = self.param_groups[0]
-        every = schedule["resample_every"]
-        count = self.param_groups[-1]["step"]  # groups step one after the other: the last is behind until all are done
+        every, count = schedule["resample_every"], schedule["step"]
         late = place % every if schedule["stagger"] else 0
         draw = max(0, (count - late) // every)
         return draw, count - (late + draw * every if draw else 0)
@@ -148,8 +145,10 @@ class SST(AdamW, LayerOptimizer):
         return replace(member, route=replace(member.route, lr_scale=member.route.lr_scale * ramp))
 
     def finish(self) -> None:
-        """Bring the factors back to length one and s >= 0; draw anew where it is time."""
+        """Bring the factors back to length one and s >= 0; draw anew where it is time. Frozen layers stay."""
         for place, (name, layer) in enumerate(self.layers.items()):
+            if not _trains(layer):
+                continue
             layer.renormalise()
             draw, since = self.clock(place)
             if draw and since == 0:
@@ -174,3 +173,7 @@ class SST(AdamW, LayerOptimizer):
                 for key in ("exp_avg", "exp_avg_sq"):
                     self.state[p][key].copy_(self.state[p][key][source])
         self.note_count(layer)
+
+
+def _trains(layer: Any) -> bool:
+    return any(p.requires_grad for p in (layer.U_a, layer.V_a, layer.s))
