@@ -16,7 +16,7 @@ from optimzoo.core import ZooOptimizer, param_groups, release_gradients
 from optimzoo.memory.ledger import human
 from optimzoo.memory.plan import Plan
 from optimzoo.memory.plan import plan as plan_made
-from optimzoo.memory.rehearsal import Make, Unplannable
+from optimzoo.memory.rehearsal import Make, Unplannable, optimizers_of
 
 LARGEST_BATCH = 1 << 16
 Model = nn.Module | Callable[[], nn.Module]
@@ -34,6 +34,11 @@ def plan(
         raise ValueError("plan: release_gradients works in one process; leave world_size or release out")
     if isinstance(make, str):
         make = registry.optimizer(make)
+    if isinstance(make, Optimizer):
+        raise TypeError(
+            "plan makes the optimizer itself, of the model on fake tensors: give a class, a name, or a function such "
+            f"as lambda model: {type(make).__name__}(model.parameters(), ...)"
+        )
     if isinstance(make, type):
         kind: Any = make
         zoo = issubclass(kind, ZooOptimizer)
@@ -50,8 +55,8 @@ def _release(accumulate: int, model: nn.Module, optimizers: Sequence[Optimizer])
 
 def _heaviest(make: Make) -> Make:
     def made(model: nn.Module) -> Any:
-        optimizers = make(model)
-        for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
+        optimizers = optimizers_of(make(model))
+        for optimizer in optimizers:
             if isinstance(optimizer, ZooOptimizer):
                 optimizer.to_largest_period()
         return optimizers

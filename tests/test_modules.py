@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import optimzoo
 from optimzoo.core.hyper import hyper
 from optimzoo.modules import Replacement, convert, kinds, merge, unmerge
 
@@ -198,6 +199,35 @@ def test_a_merged_model_is_read_by_from_pretrained(kind, options, tmp_path):
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(0, 16, (2, 9))
     assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_what_is_no_layer_and_what_is_no_model_is_refused(model):
+    for kind in ("spectral", nn.Linear, optimzoo.SST):
+        with pytest.raises(TypeError, match=r"such as optimzoo.SpectralLinear: give such a class"):
+            convert(model, kind)
+    with pytest.raises(TypeError, match="it takes no list"):
+        convert(convert(model, optimzoo.SpectralLinear, rank=2), optimzoo.SpectralLinear, rank=2)
+
+
+def test_an_optimizer_of_layers_that_were_replaced_since_refuses_to_step(model, ids):
+    def step(opt):
+        opt.zero_grad()
+        model(ids).square().mean().backward()
+        opt.step()
+
+    early = optimzoo.AdamW(model)
+    convert(model, optimzoo.SampledLinear, match="*.down")  # which keeps the weights
+    step(early)
+    convert(model, optimzoo.SpectralLinear, match="*.up", rank=2)
+    with pytest.raises(RuntimeError, match=r"'blocks.0.up.weight' is in the model no more.*make the optimizer after"):
+        step(early)
+    late = optimzoo.AdamW(model)
+    step(late)
+    merge(model, keep=True)
+    with pytest.raises(RuntimeError, match=r"in the model no more"):
+        step(late)
+    unmerge(model)
+    step(late)
 
 
 def test_kinds_are_found_by_reading_the_folder():

@@ -145,6 +145,10 @@ def test_what_cannot_be_planned_is_named() -> None:
         optimzoo.plan(tiny(), "adamw", release=True, world_size=2)
     with pytest.raises(TypeError, match="needs an optimizer of optimzoo, not AdamW"):
         optimzoo.plan(tiny(), AdamW, tokens, release=True)
+    with pytest.raises(TypeError, match="lambda model: AdamW"):
+        optimzoo.plan(tiny(), AdamW(tiny().parameters()))
+    with pytest.raises(TypeError, match="must return an optimizer or a list of them, not int"):
+        optimzoo.plan(tiny(), lambda model: 3)
     with pytest.raises(ValueError, match="world_size=0"):
         optimzoo.plan(tiny(), "adamw", world_size=0)
     with pytest.raises(ValueError, match="Tiny has no gradient_checkpointing_enable"):

@@ -317,7 +317,9 @@ def test_takes_the_model_or_groups_and_the_model() -> None:
     for wrong in (lambda m: m.parameters(), lambda m: [{"params": m.parameters()}], lambda m: 3):
         with pytest.raises(TypeError, match=r"call SST\(model, ...\) or SST\(groups, model=model\)"):
             SST(wrong(spectral()))
-    with pytest.raises(ValueError, match="SST found no layer of its own in Tiny"):
+    with pytest.raises(
+        ValueError, match=r"SST found no SpectralLinear in Tiny: call optimzoo.convert\(model, optimzoo.SpectralLinear"
+    ):
         SST(tiny())
     model = spectral()
     with pytest.raises(ValueError, match="no group holds the singular vectors of 'square'"):

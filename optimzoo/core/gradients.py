@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optimzoo.core import shards
 from optimzoo.core.storage import compute_dtype
+from optimzoo.functional.names import TAKEN_OUT
 from optimzoo.functional.slices import has_values, on_host
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ def check_gradient(p: Tensor, name: str) -> None:
         )
     g = p.grad
     if g is None:
+        if hasattr(p, TAKEN_OUT):
+            raise RuntimeError(
+                f"parameter {name!r} is in the model no more: convert or merge has replaced its layer; make the "
+                "optimizer after that"
+            )
         return
     if g.layout is not torch.strided:
         raise RuntimeError(f"the gradient of {name!r} is sparse; use dense gradients (nn.Embedding(sparse=False))")

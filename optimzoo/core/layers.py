@@ -32,14 +32,14 @@ class Scheduled(Protocol):
         ...
 
 
-def scheduled_layers(model: nn.Module, driver: str) -> dict[str, Any]:
-    """The layers that the optimizer called `driver` is to drive, by their names without wrappers."""
-    found = {
-        clean_name(name): module for name, module in model.named_modules() if getattr(module, "driver", None) == driver
-    }
+def scheduled_layers(model: nn.Module, driver: "type[LayerOptimizer]") -> dict[str, Any]:
+    """The layers that an optimizer of this class is to drive, by their names without wrappers."""
+    named = [(clean_name(name), module) for name, module in model.named_modules()]
+    found = {name: module for name, module in named if getattr(module, "driver", None) == driver.__name__}
     if not found:
         raise ValueError(
-            f"{driver} found no layer of its own in {type(model).__name__}: call optimzoo.convert(model, ...) first"
+            f"{driver.__name__} found no {driver.works_on} in {type(model).__name__}: call "
+            f"optimzoo.convert(model, optimzoo.{driver.works_on}, ...) first"
         )
     return found
 
@@ -52,6 +52,7 @@ class LayerOptimizer(MatrixOptimizer):
     """
 
     needs_model: ClassVar[bool] = True
+    works_on: ClassVar[str]  # the class of its layers
     layers: dict[str, Any]
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
@@ -61,7 +62,7 @@ class LayerOptimizer(MatrixOptimizer):
             raise TypeError(
                 f"{name} works on layers of a model: call {name}(model, ...) or {name}(groups, model=model)"
             )
-        self.layers = scheduled_layers(model, name)
+        self.layers = scheduled_layers(model, type(self))
         super().__init__(params, lr, **options)
         for layer in self.layers.values():  # a model that was trained before has counts of its own
             self.note_count(layer)

@@ -42,7 +42,7 @@ class Rehearsal:
         """Make the optimizers and their state; what is born here is held from now on."""
         if make is not None:
             made = make(self.model)
-            self.optimizers = [made] if isinstance(made, Optimizer) else list(made)
+            self.optimizers = list(optimizers_of(made))
             with self._counting():
                 self._gradients()
                 self._update([o for o in self.optimizers if not hasattr(o, "memory")])  # others have their state
@@ -147,6 +147,14 @@ class Rehearsal:
             for optimizer in optimizers:
                 with _named(f"{type(optimizer).__module__.split('.')[0]}'s {type(optimizer).__name__}"):
                     optimizer.step()
+
+
+def optimizers_of(made: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
+    """What a function that makes optimizers gave; TypeError for anything else."""
+    every = [made] if isinstance(made, Optimizer) else made
+    if not isinstance(every, Sequence) or not all(isinstance(one, Optimizer) for one in every):
+        raise TypeError(f"plan: make must return an optimizer or a list of them, not {type(made).__name__}")
+    return every
 
 
 @contextmanager

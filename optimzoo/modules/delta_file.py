@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.functional.sparse import index_dtype
+from optimzoo.modules.replacement import put
 from optimzoo.modules.sparse_delta import SparseDeltaLinear
 
 _FORMAT = "optimzoo sparse delta 1"
@@ -72,8 +73,7 @@ def _load_layer(model: nn.Module, name: str, values: Tensor, indices: Tensor) ->
         module = SparseDeltaLinear(base, indices.to(index_dtype(base.out_features, base.in_features))).train(
             module.training
         )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        put(model, name, module)
     with torch.no_grad():
         module.values.copy_(values)
         module.indices.copy_(indices)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimzoo.core.hyper import Hyper, nearest
+from optimzoo.functional.names import TAKEN_OUT
 
 HEADS = ("lm_head", "*.lm_head")  # never converted by a wildcard, whatever the model calls its output embeddings
 _KEPT = "_optimzoo_kept"
@@ -87,6 +88,8 @@ def convert(
 ) -> list[str]:
     """Replace the `nn.Linear` layers whose names match by `kind`, in place, and return their names.
 
+    Make the optimizer afterwards: one that has parameters of replaced layers refuses to step.
+
     `match` and `exclude` are shell patterns on module names (`"*.mlp.*"`). A pattern with a wildcard passes over output
     heads, layers that share their weight with another module, layers already replaced and subclasses of `nn.Linear`
     (whose owner may read the weight without calling them; quantized ones are known to some kinds); naming one of these
@@ -98,6 +101,12 @@ def convert(
     A converted model saves and loads with `state_dict` between models converted alike; before writing it for
     `from_pretrained`, `merge` it: the keys of a replaced layer mean nothing to a plain model.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Replacement)):
+        raise TypeError(f"convert makes layers such as optimzoo.SpectralLinear: give such a class, not {kind!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert changes a model in place and returns names of layers; it takes no {type(model).__name__}"
+        )
     if isinstance(model, nn.Linear | Replacement):
         raise ValueError("convert replaces layers inside a model, and this is a single layer: pass its parent module")
     layers = select(model, kind.__name__, match, exclude, kind.refuses)
@@ -110,10 +119,10 @@ def convert(
     trained = {p: p.requires_grad for layer in layers.values() for p in layer.parameters()}
     for name, layer in layers.items():
         try:
-            _put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
+            put(model, name, kind.from_linear(layer, **prepared[name]).train(layer.training))
         except (TypeError, ValueError, RuntimeError) as error:  # all or nothing
             for earlier, original in layers.items():
-                _put(model, earlier, original)
+                put(model, earlier, original)
             for p, requires_grad in trained.items():
                 p.requires_grad_(requires_grad)
             raise type(error)(f"{name!r} cannot become {kind.__name__}: {error}") from error
@@ -132,7 +141,7 @@ def merge(model: nn.Module, keep: bool = False) -> list[str]:
         linear = layer.to_linear().train(layer.training)
         if keep:
             linear.__dict__[_KEPT] = layer  # not through __setattr__: a submodule would enter the state dict
-        _put(model, name, linear)
+        put(model, name, linear)
     return list(layers)
 
 
@@ -147,7 +156,7 @@ def unmerge(model: nn.Module) -> list[str]:
     for name, layer in kept.items():
         plain = model.get_submodule(name)
         assert isinstance(plain, nn.Linear)
-        _put(model, name, layer.to(plain.weight.device).train(plain.training))
+        put(model, name, layer.to(plain.weight.device).train(plain.training))
     return list(kept)
 
 
@@ -164,8 +173,13 @@ def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
                 yield from _walk(child, f"{prefix}{name}.")
 
 
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace one layer; parameters that go with the old one are marked, so that no optimizer trains them in vain."""
     parent, _, leaf = name.rpartition(".")
+    for p in model.get_submodule(name).parameters():
+        setattr(p, TAKEN_OUT, True)
+    for p in layer.parameters():
+        vars(p).pop(TAKEN_OUT, None)
     setattr(model.get_submodule(parent), leaf, layer)
 
 

@@ -101,7 +101,7 @@ class SFT(Entries, LayerOptimizer):
     total_steps: int = hyper(0, ge=1, doc="updates of the whole run; must be given")
 
     paper = "Ansell et al. 2024, arXiv:2401.16405"
-    _layer_of: dict[Tensor, Any]  # by its values
+    works_on = "SparseDeltaLinear"
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
         super().__init__(params, lr, model=model, **options)
@@ -112,7 +112,7 @@ class SFT(Entries, LayerOptimizer):
     @classmethod
     def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
         """The deltas, then what `param_groups` says of the rest, undecayed."""
-        values = {layer.values for layer in scheduled_layers(model, cls.__name__).values()}
+        values = {layer.values for layer in scheduled_layers(model, cls).values()}
         groups = super().default_groups(model)
         deltas = [pair for group in groups for pair in group["params"] if pair[1] in values]
         rest = [{**g, "params": [x for x in g["params"] if x[1] not in values], "weight_decay": 0.0} for g in groups]

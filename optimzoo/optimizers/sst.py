@@ -68,6 +68,7 @@ class SST(AdamW, LayerOptimizer):
     seed: int = hyper(0, ge=0, doc="of the draws")
 
     paper = "2024, arXiv:2405.15481"
+    works_on = "SpectralLinear"
     _roles: dict[Tensor, Role]
 
     def __init__(self, params: Any, lr: float | Tensor | None = None, *, model: Any = None, **options: Any) -> None:
@@ -81,7 +82,7 @@ class SST(AdamW, LayerOptimizer):
     @classmethod
     def default_groups(cls, model: nn.Module) -> list[dict[str, Any]]:
         """Vectors, values, then what `param_groups` makes of the rest."""
-        roles, rest = roles_of(scheduled_layers(model, cls.__name__)), []
+        roles, rest = roles_of(scheduled_layers(model, cls)), []
         parts: dict[str, list[tuple[str, Tensor]]] = {"vectors": [], "values": []}
         for group in super().default_groups(model):
             others = [(name, p) for name, p in group["params"] if p not in roles]
