@@ -71,6 +71,8 @@ def test_refuses_unknown_and_impossible_options_by_name(cls):
     model = tiny()
     with pytest.raises(TypeError, match=r"has no option 'weight_decya'; did you mean 'weight_decay'\?"):
         cls(model, weight_decya=0.1)
+    with pytest.raises(TypeError, match=r"has no option 'fused': leave it out"):
+        cls(model, fused=True)
     with pytest.raises(TypeError, match=r"groups have no option 'weight_decya'; did you mean 'weight_decay'\?"):
         cls([{"params": list(model.parameters()), "weight_decya": 0.1, "fallback": True}])
     for name, option in cls.options.items():

@@ -330,7 +330,10 @@ class ZooOptimizer(torch.optim.Optimizer):
         """The options as they are stored; an unknown or impossible one is refused by name."""
         for name in options:
             if name not in cls.options:
-                raise TypeError(f"{cls.__name__} has no option {name!r}{nearest(name, cls.options)}")
+                hint = nearest(name, cls.options)
+                if name in ("foreach", "fused", "capturable", "differentiable"):  # what torch's own classes take
+                    hint = ": leave it out, kernels are chosen by dtype and device"
+                raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
         return {name: cls.options[name].check(cls.__name__, name, value) for name, value in options.items()}
 
     @classmethod

@@ -24,7 +24,8 @@ class SM3(ZooOptimizer):
 
     Embeddings and heads are matrices here like all others: an AdamW in their place would cost what SM3 saves. Nothing
     decays in the accumulators, so the step shrinks like AdaGrad's and the authors use warm-up but no decay of lr.
-    Accumulators are never coarser than float32, whatever `state_dtype` says: in bfloat16 they would stop growing.
+    Accumulators are never coarser than float32, whatever `state_dtype` says: in bfloat16 they would stop growing. On a
+    CPU the root of an `eps` up to the default is added to the root: gradients below 1e-11 take a step that is shorter.
     """
 
     lr: float = hyper(1e-2, ge=0, doc="step size; the first step moves every entry by it")
