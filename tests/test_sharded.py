@@ -5,7 +5,9 @@ import os
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -283,6 +285,45 @@ def recipe_runs(folder: Path, *, strategy: str, optimizer: str) -> None:
         assert abs(result["validation_loss"] - alone["validation_loss"]) < 1e-4
 
 
+def evaluation(folder: Path, *, strategy: str) -> None:
+    """What one process finds, of last batches too that cannot be split evenly, and of rows of which not all counts."""
+    from optimzoo.training.data import Corpus
+    from optimzoo.training.distributed import Ranks
+    from optimzoo.training.examples import Examples, Part
+    from optimzoo.training.model import build_model
+    from optimzoo.training.recipe import validate
+    from optimzoo.training.tasks import task_of
+    from optimzoo.training.trainer import evaluate
+
+    draw, world, cpu = np.random.default_rng(0), dist.get_world_size(), torch.device("cpu")
+    tokens = draw.integers(0, 256, 400)
+    prompts = np.where(np.arange(400) < 260, ~tokens, tokens)  # the first rows count nothing, others little
+    cases: dict[str, Any] = {"prompts": Corpus("", tokens, prompts, 256, np.arange(9), np.array([0, 253, 256, 300]))}
+    for name, rows in {"one row more": 4 * world + 1, "one row a rank and one": 5 * world + 1}.items():
+        part = Part(draw.integers(0, 40, (rows, 9)), draw.integers(4, 10, rows), draw.integers(0, 2, rows))
+        cases[name] = Examples("", part, part, 40, 1)
+    for name, corpus in cases.items():
+        labelled = isinstance(corpus, Examples)
+        sizes = {"hidden_size": 16, "intermediate_size": 24}
+        bert = {"model_type": "bert", "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40, **sizes}
+        llama = {"name": "llama", "layers": 2, "heads": 2, **sizes}
+        values = {
+            "model": {"name": "transformers", "config": bert} if labelled else llama,
+            "data": {"name": "python-packages" if labelled else "python-source", "sequence": 9, "batch": 4 * world},
+            "optimizer": {"name": "adamw", "lr": 1e-3},
+            "schedule": {"steps": 1},
+            "eval": {"batches": 2},
+        }
+        recipe = validate(values, "recipe")
+        task, model = task_of(recipe), build_model(recipe, cpu)
+        ranks = Ranks(dist.get_rank(), world, strategy)
+        alone = evaluate(recipe, task, model, corpus, Ranks(0, 1, None), cpu)
+        ranks.spread(model)
+        together = evaluate(recipe, task, model, corpus, ranks, cpu)
+        assert None not in alone.values()
+        assert together == pytest.approx(alone, abs=1e-5), name
+
+
 MOVING = {
     **{name: (name, {}) for name in PLAIN},
     "block": ("frugal", {"projection": "block"}),
@@ -468,6 +509,7 @@ CASES |= {f"{name}-losses-fsdp2": partial(same_losses, name=name, parallel="fsdp
 CASES |= {"sampled-losses-fsdp2": partial(same_losses, name="adamw", parallel="sampled")}
 CASES |= {"recipe-ddp": partial(recipe_runs, strategy="ddp", optimizer="adamw")}
 CASES |= {"recipe-fsdp2": partial(recipe_runs, strategy="fsdp2", optimizer="frugal")}
+CASES |= {f"evaluation-{how}": partial(evaluation, strategy=how) for how in ("ddp", "fsdp2")}
 CASES |= {"cosmos-accelerate": partial(accelerated, name="cosmos", before=0)}
 CASES |= {"adamw-accelerate-late": partial(accelerated, name="adamw", before=2)}
 SAVED = {f"{label}-saved": partial(saved, label=label) for label in MOVING}

@@ -89,12 +89,19 @@ class Ranks:
         return model
 
     def rows(self, batch: Any) -> Any:
-        """This process's part of a batch."""
-        return batch if self.world == 1 else tree_map(lambda t: t.chunk(self.world)[self.rank], batch)
+        """This process's part of a batch; with fewer rows than processes, none for the last of them."""
+        return batch if self.world == 1 else tree_map(lambda t: t.tensor_split(self.world)[self.rank], batch)
 
     def mean(self, t: Tensor) -> Tensor:
-        """The mean over the processes, which have equal parts of every batch."""
+        """The mean over the processes, which have equal parts of every batch that is trained on."""
         return t if self.world == 1 else mean_over_ranks(t.clone())
+
+    def weighted(self, values: Tensor, weights: Tensor) -> Tensor:
+        """The mean of the values of all processes, of which each counts as much as its weight."""
+        sums = torch.stack([(values * weights).sum(), weights.sum()])
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums[0] / sums[1]
 
     def whole(self, state: Any) -> Any:
         """A state without shards, on the process that writes it."""

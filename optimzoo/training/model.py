@@ -185,3 +185,8 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     logits = model(input_ids=torch.where(seen < 0, ~seen, seen)).logits
     targets = tokens[:, 1:].clamp(min=-1)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+
+def learned(tokens: Tensor) -> Tensor:
+    """Of how many tokens `loss_of` is the mean."""
+    return (tokens[:, 1:] >= 0).sum()

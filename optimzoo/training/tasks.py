@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from optimzoo.training.data import build_corpus
 from optimzoo.training.examples import build_examples
-from optimzoo.training.model import loss_of
+from optimzoo.training.model import learned, loss_of
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.sections import Batches, Labelled
 
@@ -40,6 +40,9 @@ class Task(Protocol):
     def scores(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """(n,) numbers by name, `loss` among them, whose means over the held-out batches are reported."""
 
+    def weights(self, part: Any, batch: Any) -> Tensor:
+        """What each score of these rows of the batch counts in the means; 1 where they are all of it."""
+
     def ids(self, batch: Any) -> Tensor:
         """(n,) numbers of the batch's examples, or places in the batch where examples have none."""
 
@@ -58,6 +61,9 @@ class NextToken:
 
     def scores(self, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
         return {"loss": self.loss(model, tokens)[None]}
+
+    def weights(self, part: Tensor, tokens: Tensor) -> Tensor:
+        return (learned(part) / learned(tokens))[None]
 
     def ids(self, tokens: Tensor) -> Tensor:
         return torch.arange(len(tokens))
@@ -82,6 +88,9 @@ class Classification:
         logits, labels = self.logits(model, batch), batch["labels"]
         hits = logits.argmax(1) == labels
         return {"loss": cross_entropy(logits, labels, reduction="none"), "accuracy": hits.float()}
+
+    def weights(self, part: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return torch.ones(len(part["labels"]))
 
     def ids(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["ids"]

@@ -174,12 +174,19 @@ def evaluate(
     """`validation_loss`, and what else the task tells: means over the fixed validation batches."""
     model.eval()
     found: dict[str, list[Tensor]] = {}
+    shares: list[Tensor] = []
     for batch in corpus.held_out(recipe.data.batch, recipe.data.sequence, recipe.eval.batches):
+        part = ranks.rows(batch)
+        weights = task.weights(part, batch)
+        if not weights.any():  # nothing to count here; but shards are gathered by all or by none
+            part, weights = tree_map(lambda rows: rows[:1], batch), weights[:0]
+        shares.append(weights)
         with autocast(recipe, device):
-            for name, scores in task.scores(model, to(device, ranks.rows(batch))).items():
-                found.setdefault(f"validation_{name}", []).append(scores)
+            for name, scores in task.scores(model, to(device, part)).items():
+                found.setdefault(f"validation_{name}", []).append(scores[: len(weights)])
     model.train()
-    return {name: finite(ranks.mean(torch.cat(scores).mean()).item()) for name, scores in found.items()}
+    weights = to(device, torch.cat(shares))
+    return {name: finite(ranks.weighted(torch.cat(scores), weights).item()) for name, scores in found.items()}
 
 
 def to(device: torch.device, batch: Any) -> Any:
