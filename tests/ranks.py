@@ -2,6 +2,7 @@
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -29,6 +30,7 @@ def started(work: Callable[..., None], *args: Any) -> BaseProcess:
 
 def _alone(work: Callable[..., None], *args: Any) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # as setup.cfg has it for tests, whose filters end with their process
     try:
         work(*args)
     except Exception:
@@ -67,7 +69,8 @@ def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Pat
     for name, case in cases.items():
         try:
             torch.manual_seed(rank)  # ranks differ in everything but what a case makes alike
-            case(folder)
+            with warnings.catch_warnings():  # what a case filters is filtered for it alone
+                case(folder)
             (log / name).write_text("")
         except Exception:
             (log / name).write_text(f"rank {rank}:\n{traceback.format_exc()}")

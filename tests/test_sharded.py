@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import warnings
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -353,6 +354,7 @@ def saved(folder: Path, *, label: str) -> None:
 
 def moved(folder: Path, *, label: str, whole: bool = False) -> None:
     """Onto other ranks, or with `whole` onto none; then on as if nothing had happened."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
     name, options = MOVING[label]
     for flat in (False, True):
         alone, opt, together, twin = pair(name, **options)
@@ -413,6 +415,8 @@ def same_losses(folder: Path, *, name: str, parallel: str) -> None:
 
     In float64, where that order is too small to turn a sign or a leading vector into another.
     """
+    # torch says so of every nn.Linear with a bias on three dimensions; the model changes nothing in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     options = short_options(ALL[name]) | {"lr": 1e-3}
     if name == "cosmos":

@@ -6,6 +6,7 @@ import os
 import runpy
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.ranks import started
 EXAMPLES = sorted((Path(__file__).parents[1] / "recipes" / "examples").glob("*.py"))
 every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
 MINE = {"learning_rate": 1e-2, "weight_decay": 0.07, "adam_beta1": 0.85, "adam_beta2": 0.97, "adam_epsilon": 1e-5}
+NO_BETAS = "SM3 has no use for adam_beta"
 
 
 def llama(cls: type, seed: int = 0) -> nn.Module:
@@ -60,6 +62,8 @@ def train_and_die(cls: type, folder: Path) -> None:
     """Killed by the system at step 20, as soon as the checkpoint is written."""
     from transformers import TrainerCallback
 
+    warnings.filterwarnings("ignore", message=NO_BETAS)  # this process has filters of its own
+
     class Kill(TrainerCallback):
         def on_save(self, *_: Any, **__: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,7 +77,7 @@ def held(opt: Any) -> list[torch.Tensor]:
     return [t for group in inner.param_groups for p in group["params"] for t in inner.state[p].values()]
 
 
-no_betas = pytest.mark.filterwarnings("ignore:SM3 has no use for adam_beta")
+no_betas = pytest.mark.filterwarnings(f"ignore:{NO_BETAS}")
 
 
 @every

@@ -1,6 +1,7 @@
 """A run on several processes: who has which rows of a batch, who writes, and checkpoints for any number of them."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,12 @@ class Ranks:
     def spread(self, model: nn.Module) -> nn.Module:
         """What is called in place of the model; under fsdp2 the model itself, with sharded parameters."""
         if self.strategy == "ddp":
-            return DistributedDataParallel(model, broadcast_buffers=False)  # all have built the same ones
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = (
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            )  # before torch 2.13
+            unsent: dict[str, Any] = {name: False}  # all have built the same ones
+            return DistributedDataParallel(model, **unsent)
         if self.strategy == "fsdp2":
             from torch.distributed.fsdp import fully_shard
 
