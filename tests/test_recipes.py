@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,18 @@ def test_bytes_of_a_step_are_those_of_a_walk(name: str, text: Path, monkeypatch:
     monkeypatch.setattr(results, "ledger", lambda optimizer: calls.append(optimizer) or ledger(optimizer))
     assert results.state_bytes(optimizers) == walked > 0
     assert len(calls) == name.startswith("torch.")
+
+
+def test_other_code_is_known_by_all_that_decides_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel in C too."""
+    shutil.copytree(ROOT / "optimzoo", tmp_path / "optimzoo", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "optimzoo" / "training" / "results.py"))
+    code = results.code.__wrapped__
+    for name, decides in {"functional/host_kernel.c": True, "core/adamw.py": True, "training/page.py": False}.items():
+        before = code()
+        with (tmp_path / "optimzoo" / name).open("a") as file:
+            file.write("\n")
+        assert (code() != before) == decides, name
 
 
 def test_schedule_is_its_formula() -> None:

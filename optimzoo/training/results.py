@@ -95,7 +95,7 @@ def code() -> str:
     """A hash of the package's own sources: cached results of other code are recognised by it."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.c")]):
         if path.relative_to(root).parts[0] in ("core", "functional", "modules", "optimizers"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
