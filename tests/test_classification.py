@@ -120,6 +120,7 @@ def test_the_embedded_corpus_in_packages(glue: Path) -> None:
     assert 0.15 < len(one.validation) / (len(one.train) + len(one.validation)) < 0.25
     assert one.train.tokens.max() < one.vocab
     assert not set(map(bytes, one.train.tokens)) & set(map(bytes, one.validation.tokens))
+    assert min(one.train.lengths.min(), one.validation.lengths.min()) > 2, "there is something between begin and end"
 
 
 @pytest.mark.parametrize("config", [BERT, BERT | {"model_type": "roberta"}, T5], ids=["bert", "roberta", "t5"])

@@ -118,7 +118,7 @@ def _pieces(text: bytes, longest: int) -> Iterator[list[int]]:
     piece: list[int] = []
     for line in text.splitlines():
         found = [BEGIN + 1 + zlib.crc32(word) % (WORDS - BEGIN - 1) for word in re.findall(rb"\w+|[^\w\s]", line)]
-        if len(piece) + len(found) > longest:
+        if piece and len(piece) + len(found) > longest:
             yield piece
             piece = []
         piece += found[:longest]
