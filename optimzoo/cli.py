@@ -116,7 +116,7 @@ def run(
     """Train what a recipe says; results, pictures and checkpoint go into one folder."""
     training = _training()
     place = folder or Path("runs") / recipe.stem
-    with _one_sentence(training.UserError):
+    with _stoppable("--resume goes on from the last checkpoint"), _one_sentence(training.UserError):
         result = training.train(training.load(recipe, changes or ()), place, resume=resume, quiet=as_json)
     if os.environ.get("RANK", "0") != "0":
         return  # torchrun's other processes
@@ -152,7 +152,7 @@ def compare(
     changes += [f"sweep={{key: {key}, values: [{values}]}}"] if sweep else []
     changes += [f"seeds=[{seeds}]"] if seeds else []
     place = folder or Path("runs") / recipe.stem
-    with _one_sentence(training.UserError):
+    with _stoppable("the same command goes on from the last checkpoints"), _one_sentence(training.UserError):
         command = " ".join(["optimzoo", *sys.argv[1:]])
         result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json, command=command)
     if result["stale"]:
@@ -392,6 +392,16 @@ def _one_sentence(expected: type[Exception]) -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+@contextlib.contextmanager
+def _stoppable(advice: str) -> Iterator[None]:
+    """What can go on later says how when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {advice}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def _training() -> Any:
     """The package that runs recipes, imported when one is to be run: it takes seconds."""
     with _one_sentence(ImportError):
@@ -402,8 +412,4 @@ def _training() -> Any:
 
 def main() -> None:
     """Run the command."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+    app()

@@ -126,6 +126,26 @@ def test_run_and_resume(command, recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "toy" / "loss.png").stat().st_mtime_ns == now  # nothing was missing
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["run"], "stopped; --resume goes on from the last checkpoint\n"),
+        (["compare"], "stopped; the same command goes on from the last checkpoints\n"),
+        (["plan"], ""),
+        (["bench", "--model"], ""),
+    ],
+)
+def test_who_stops_it_is_told_how_to_go_on(
+    command, recipe: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], advice: str
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimzoo.training.load", stop)
+    monkeypatch.setattr("optimzoo.bench.command.load", stop)
+    assert command(*words, recipe) == (130, "", advice)
+
+
 def test_json_prints_nothing_else(command, recipe: Path) -> None:
     code, out, err = command("compare", recipe, "--json", "--out", "all")
     assert (code, err) == (0, "")
