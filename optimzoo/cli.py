@@ -181,10 +181,12 @@ Words = Annotated[
 ModelName = Annotated[
     str | None, typer.Option("--model", help="A transformers config.json, or a Llama: 60m 130m 350m 1b 3b 7b 65b.")
 ]
-Dtype = Annotated[str, typer.Option(help="With --model: bfloat16 or float32, bf16 or fp32.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="With --model: sequences at a time.")]
-Tokens = Annotated[int, typer.Option(min=1, help="With --model: tokens of a sequence.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="With --model: batches of a step.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="With --model: bfloat16 or float32, bf16 or fp32; by default bfloat16.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="With --model: sequences at a time; by default 1.")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="With --model: tokens of a sequence; by default 2048.")]
+Accumulate = Annotated[int | None, typer.Option(min=1, help="With --model: batches of a step; by default 1.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Keep the inputs of blocks only.")]
 Release = Annotated[
     bool,
@@ -194,6 +196,14 @@ Ranks = Annotated[int, typer.Option(min=1, help="Ranks of FSDP, by arithmetic.")
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None, typer.Option(help="What is planned for; a recipe says it itself.")
 ]
+# What --model leaves open: option -> its key in a recipe, and what it is where it is not given.
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "optimizer": ("optimizer.name", "adamw"),
+    "dtype": ("model.dtype", "bfloat16"),
+    "batch": ("data.batch", 1),
+    "sequence": ("data.sequence", 2048),
+    "accumulate": ("data.accumulate", 1),
+}
 OPEN = {"ignore_unknown_options": True}  # the optimizer's options go on to the optimizer
 
 
@@ -201,11 +211,11 @@ OPEN = {"ignore_unknown_options": True}  # the optimizer's options go on to the 
 def plan(
     words: Words = None,
     model: ModelName = None,
-    optimizer: Annotated[str, typer.Option(help="With --model: its name.")] = "adamw",
-    dtype: Dtype = "bfloat16",
-    batch: BatchSize = 1,
-    sequence: Tokens = 2048,
-    accumulate: Accumulate = 1,
+    optimizer: Annotated[str | None, typer.Option(help="With --model: its name; by default adamw.")] = None,
+    dtype: Dtype = None,
+    batch: BatchSize = None,
+    sequence: Tokens = None,
+    accumulate: Accumulate = None,
     checkpointing: Checkpointing = False,
     release: Release = False,
     ranks: Ranks = 1,
@@ -215,9 +225,9 @@ def plan(
 ) -> None:
     """Say what a training step will need, by part and at its peak, with nothing allocated."""
     training = _training()
-    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate, "release": release}
+    given = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate, "optimizer": optimizer}
     with _one_sentence(training.UserError):
-        recipe = _planned(training, words, model, optimizer, shape, changes)
+        recipe = _planned(training, words, model, given, release, changes)
         found = training.planning.plans(recipe, checkpointing=checkpointing, world_size=ranks, device=device)
         failed = [result for result in found.values() if isinstance(result, Exception)]
         if len(failed) == len(found):
@@ -236,10 +246,10 @@ def fit(
     gpu: Annotated[str, typer.Option(help="The memory there is, such as 24GiB.")],
     words: Words = None,
     model: ModelName = None,
-    dtype: Dtype = "bfloat16",
-    batch: BatchSize = 1,
-    sequence: Tokens = 2048,
-    accumulate: Accumulate = 1,
+    dtype: Dtype = None,
+    batch: BatchSize = None,
+    sequence: Tokens = None,
+    accumulate: Accumulate = None,
     checkpointing: Checkpointing = False,
     release: Release = False,
     ranks: Ranks = 1,
@@ -249,9 +259,9 @@ def fit(
 ) -> None:
     """Say which optimizers train a model in the given memory, with what to spare, and the largest batch of each."""
     training = _training()
-    shape = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate, "release": release}
+    given = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
     with _one_sentence(training.UserError):
-        recipe = _planned(training, words, model, None, shape, changes)
+        recipe = _planned(training, words, model, given, release, changes)
         memory, how = training.planning.bytes_of(gpu), {"checkpointing": checkpointing, "world_size": ranks}
         result = training.planning.fits(recipe, memory, device=device, **how)
     if as_json:
@@ -283,7 +293,9 @@ def bench(
             "--model", "--shapes", help="A Llama (60m 130m ... 65b), a recipe, or a transformers config.json."
         ),
     ] = "60m",
-    layers: Annotated[str, typer.Option(help="Layers of a Llama; 8,32,128 shows how cost grows.")] = "2",
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of a Llama; 8,32,128 shows how cost grows; by default 2.")
+    ] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Step embeddings and head too: AdamW's in nearly all methods.")
     ] = False,
@@ -292,9 +304,17 @@ def bench(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Times that every candidate is run, in turns.")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before, not counted.")] = 3,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "float32",
-    batch: Annotated[int, typer.Option(min=1, help="With --training: sequences at a time.")] = 4,
-    sequence: Annotated[int, typer.Option(min=1, help="With --training: tokens of a sequence.")] = 128,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32; by default a recipe's own, else float32.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --training: sequences at a time; by default a recipe's own, else 4."),
+    ] = None,
+    sequence: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --training: tokens of a sequence; by default a recipe's own, else 128."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the CPU; by default torch's own choice.")
     ] = None,
@@ -335,22 +355,28 @@ def _planned(
     training: Any,
     words: list[str] | None,
     model: str | None,
-    optimizer: str | None,
-    shape: dict[str, Any],
+    given: dict[str, Any],
+    release: bool,
     changes: list[str] | None,
 ) -> Any:
-    """The recipe that the words name, or the one that --model and its companions describe."""
+    """The recipe that the words name, or the one that --model and its companions (some of `OPTIONS`) describe."""
     rest, options = training.planning.options_from(words or ())
     if len(rest) > 1 or bool(rest) == bool(model):
         raise training.UserError("give one recipe, or --model with a size or a config.json")
-    if options and (rest or optimizer is None):
+    if options and (rest or "optimizer" not in given):
         name = next(iter(options)).replace("_", "-")
         raise training.UserError(f"there is no option --{name} here; keys of a recipe are changed with --set")
+    given = {name: value for name, value in given.items() if value is not None}
+    if rest and given:
+        name, value = next(iter(given.items()))
+        value = training.planning.DTYPES.get(value, value)
+        raise training.UserError(f"--{name} is for --model; in a recipe it is --set {OPTIONS[name][0]}={value}")
     if rest:
-        return training.load(rest[0], [*(changes or ()), *(["release=true"] if shape["release"] else [])])
+        return training.load(rest[0], [*(changes or ()), *(["release=true"] if release else [])])
     if changes:
         raise training.UserError("--set changes keys of a recipe; with --model give the options themselves")
-    return training.planning.described(model, optimizer or "adamw", options, device="cuda", **shape)
+    chosen = {name: default for name, (_, default) in OPTIONS.items()} | given
+    return training.planning.described(model, options=options, device="cuda", release=release, **chosen)
 
 
 def _files(folder: Path, *names: str) -> None:

@@ -103,20 +103,86 @@ def test_peers_are_measured_where_they_are_installed(recipe, name):
         assert found["state"] > 0
 
 
-def test_command(capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def bench(capsys, monkeypatch, tmp_path):
+    """`optimzoo bench` with these words: (exit code, standard output, standard error)."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["optimzoo", "bench", *words, "--rounds", "2", "--threads", "1"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def toy(tmp_path) -> str:
     path = tmp_path / "toy.yaml"
     path.write_text(
         "model: {name: llama, hidden_size: 16, intermediate_size: 24, layers: 1, heads: 2}\n"
-        "data: {name: python-source}\noptimizer: {name: adamw, lr: 1e-2}\nschedule: {steps: 1}\n"
+        "data: {name: python-source, sequence: 6, batch: 3}\noptimizer: {name: adamw, lr: 1e-2}\nschedule: {steps: 1}\n"
     )
-    words = ["optimzoo", "bench", "adamw", "--model", str(path), "--against", "torch.adamw", "--layers", "1,2"]
+    return str(path)
+
+
+def test_command(bench, toy):
+    words = ["adamw", "--model", toy, "--against", "torch.adamw", "--layers", "1,2"]
     for extra in ([], ["--json"]):
-        monkeypatch.setattr("sys.argv", [*words, "--rounds", "2", "--threads", "1", *extra])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 0
-        printed = capsys.readouterr().out
+        code, printed, _ = bench(*words, *extra)
+        assert code == 0
     result = json.loads(printed)
     assert [one["layers"] for one in result["measured"]] == [1, 2]
     assert "2 rounds" in result["measured"][0]["invalid"] or "p50/p20" in result["measured"][0]["invalid"]
     assert result["threads"] == 1
+
+
+def test_what_is_measured_is_what_was_asked_for(bench, toy, monkeypatch):
+    measured = []
+    monkeypatch.setattr(training, "measure_training", lambda recipe, *_, **how: measured.append(recipe) or {})
+    monkeypatch.setattr(steps, "measure_steps", lambda recipe, *_, **how: measured.append(recipe) or {})
+    for words, dtype, shape in (
+        ([], "float32", (3, 6)),
+        (["--dtype", "bf16", "--batch", "2"], "bfloat16", (2, 6)),
+        (["--sequence", "9"], "float32", (3, 9)),
+    ):
+        code, printed, _ = bench("--model", toy, "--training", *words, "--json")
+        assert (code, json.loads(printed)["dtype"]) == (0, dtype)
+        assert (measured[-1].data.batch, measured[-1].data.sequence) == shape
+        assert measured[-1].model.dtype == dtype
+    assert json.loads(bench("--model", toy, "--dtype", "bf16", "--json")[1])["dtype"] == measured[-1].model.dtype
+    assert json.loads(bench("--json")[1])["dtype"] == "float32"
+    assert (measured[-1].data.batch, measured[-1].data.sequence) == (4, 128)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "2"], "--batch is for measurements of whole training steps: add --training"),
+        (["--sequence", "2"], "--sequence is for"),
+        (["--training", "--against", "adamw"], "--against is for measurements of the optimizer's step alone: leave"),
+        (["--training", "--embeddings"], "--embeddings is for"),
+        (["--dtype", "int3"], "dtype='int3' must be"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(bench, toy, words, message):
+    for model in ([], ["--model", toy]):
+        code, printed, error = bench(*model, *words)
+        assert (code, printed) == (2, "")
+        assert message in error
+
+
+def test_a_model_that_is_no_llama_keeps_its_depth(bench, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_neox", "vocab_size": 64, **sizes}))
+    recipe = tmp_path / "neox.yaml"
+    recipe.write_text(
+        f"model: {{name: transformers, config: {tmp_path / 'config.json'}}}\n"
+        "data: {name: python-source}\noptimizer: {name: adamw, lr: 1e-2}\nschedule: {steps: 1}\n"
+    )
+    for model in (recipe, tmp_path / "config.json"):
+        words = ["adamw", "--against", "torch.adamw", "--model", str(model)]
+        code, printed, _ = bench(*words, "--json")
+        assert code == 0
+        assert [one["layers"] for one in json.loads(printed)["measured"]] == [None]
+        assert "--layers needs a Llama" in bench(*words, "--layers", "1")[2]

@@ -368,6 +368,15 @@ def test_plan_of_a_recipe(command, tmp_path: Path) -> None:  # noqa: F811
     alone = "optimizer={name: torch.adafactor, lr: 1e-3}"
     assert "Adafactor" in refused(command("plan", recipe, "--set", "compare=[]", "--set", alone))
     assert "--density" in refused(command("plan", recipe, "--density", "0.5"))
+    words = {"optimizer": "swan", "dtype": "bf16", "batch": 64, "sequence": 8, "accumulate": 2}
+    for name, value in words.items():
+        meant = "bfloat16" if value == "bf16" else value
+        for start in (["plan"], ["fit", "--gpu", "1GiB"])[: 1 if name == "optimizer" else 2]:  # `fit` tries all of them
+            error = refused(command(*start, recipe, f"--{name}", value))
+            assert f"--{name} is for --model; in a recipe it is --set" in error
+            assert f".{name}={meant}\n" in error or "optimizer.name=swan" in error
+    shown = command("plan", recipe, "--set", "compare=[]", "--set", "data.batch=64", "--set", "model.dtype=bfloat16")[1]
+    assert shown.startswith("COSMOS: llama in bfloat16, 64 x 32 tokens\n")
     assert "add clip: 0" in refused(command("plan", recipe, "--set", "compare=[]", "--release"))
     code, out, _ = command("plan", recipe, "--set", "compare=[]", "--set", "clip=0", "--release", "--json")
     assert (code, json.loads(out)["cosmos"]["gradients"]) == (0, 4 * 256 * 64)

@@ -20,19 +20,19 @@ from optimzoo.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Wanted:
-    """The command's options."""
+    """The command's options; None leaves it to the recipe, or to what is said for models without one."""
 
     model: str = "60m"
     optimizers: Sequence[str] = ()
     against: Sequence[str] = ()
-    layers: str = "2"
+    layers: str | None = None
     embeddings: bool = False
     training: bool = False
     rounds: int = 50
     warmup: int = 3
-    dtype: str = "float32"
-    batch: int = 4
-    sequence: int = 128
+    dtype: str | None = None
+    batch: int | None = None
+    sequence: int | None = None
     threads: int | None = None
     device: str = "auto"
 
@@ -42,7 +42,9 @@ def run(wanted: Wanted, quiet: bool) -> dict[str, Any]:
     if wanted.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device for torch")
     device = torch.device("cuda" if wanted.device != "cpu" and torch.cuda.is_available() else "cpu")
-    recipe, depths, before = _recipe(wanted), _depths(wanted), torch.get_num_threads()
+    _check(wanted)
+    recipe, before = _recipe(wanted), torch.get_num_threads()
+    depths = _depths(wanted, recipe)
     torch.set_num_threads(wanted.threads or before)
     try:
         with _bar(wanted.rounds * len(depths), quiet) as tick:
@@ -50,7 +52,7 @@ def run(wanted: Wanted, quiet: bool) -> dict[str, Any]:
             surroundings = _surroundings(device)
     finally:
         torch.set_num_threads(before)
-    return {"model": wanted.model, "dtype": wanted.dtype, **surroundings, "measured": found}
+    return {"model": wanted.model, "dtype": recipe.model.dtype, **surroundings, "measured": found}
 
 
 def show(result: dict[str, Any], out: Console) -> None:
@@ -78,19 +80,30 @@ def _measure(
     return steps.measure_steps(recipe, names, against, layers=layers, embeddings=wanted.embeddings, **how)
 
 
+def _check(wanted: Wanted) -> None:
+    """Refuse what would have no effect."""
+    for name in ("against", "embeddings") if wanted.training else ("batch", "sequence"):
+        if getattr(wanted, name):
+            mend = "leave --training out" if wanted.training else "add --training"
+            kind = "the optimizer's step alone" if wanted.training else "whole training steps"
+            raise UserError(f"--{name} is for measurements of {kind}: {mend}")
+
+
 def _recipe(wanted: Wanted) -> Recipe:
-    shape = {"batch": wanted.batch, "sequence": wanted.sequence}
+    dtype = wanted.dtype and planning.DTYPES.get(wanted.dtype, wanted.dtype)
     if Path(wanted.model).suffix in (".yaml", ".yml"):
-        return load(wanted.model).replace({f"data.{key}": value for key, value in shape.items()})
+        asked = {"model.dtype": dtype, "data.batch": wanted.batch, "data.sequence": wanted.sequence}
+        return load(wanted.model).replace({key: value for key, value in asked.items() if value is not None})
     size = wanted.model.lower().removeprefix("llama-")
     known = Path(wanted.model).exists()
-    return planning.described(wanted.model if known else size, "adamw", {}, dtype=wanted.dtype, **shape)
+    shape = dtype or "float32", wanted.batch or 4, wanted.sequence or 128
+    return planning.described(wanted.model if known else size, "adamw", {}, *shape)
 
 
-def _depths(wanted: Wanted) -> list[int | None]:
-    """`8,32,128` as numbers; a configuration file keeps its own depth."""
-    if Path(wanted.model).suffix == ".json":
-        return [None]
+def _depths(wanted: Wanted, recipe: Recipe) -> list[int | None]:
+    """`8,32,128` as numbers; without them two layers, and what is no Llama keeps its own depth."""
+    if wanted.layers is None:
+        return [2 if recipe.model.name == "llama" else None]
     try:
         depths = [int(word) for word in wanted.layers.replace(",", " ").split()]
     except ValueError:
