@@ -23,8 +23,10 @@ except ImportError as error:
     raise SystemExit(2) from error
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optimzoo import registry
+from optimzoo import modules, registry
 
 app = typer.Typer(
     help="Memory-efficient optimizers for PyTorch that account for every byte they hold.",
@@ -35,6 +37,9 @@ app = typer.Typer(
 )
 out = Console()
 WIDE = 4  # methods that a table with a column each has room for
+# Of what bytes are shown: layers that train so many numbers, and an optimizer that is told what has no default.
+LAYER: dict[str, Any] = {"rank": 64, "density": 0.01}
+NEEDED = {"total_steps": 1000}
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML file, such as recipes/quickstart.yaml.")]
 Set = Annotated[
@@ -54,10 +59,11 @@ def _options(show_version: Annotated[bool, typer.Option("--version", help="Print
 @app.command("list")
 def list_optimizers(as_json: Json = False) -> None:
     """Every optimizer: its name, its paper and the bytes it holds for each weight of a 4096 x 4096 float32 matrix."""
-    rows = [
-        {"name": name, "paper": kind.paper, "bytes_per_weight": held(kind, (4096, 4096))["total"] / 4096**2}
-        for name, kind in registry.optimizers().items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, kind in registry.optimizers().items():
+        found = held(kind, (4096, 4096))
+        row = {"name": name, "paper": kind.paper, "bytes_per_weight": found["total"] / 4096**2, "layer": found["layer"]}
+        rows.append(row)
     if as_json:
         print(json.dumps(rows))
         return
@@ -66,6 +72,8 @@ def list_optimizers(as_json: Json = False) -> None:
     for row in rows:
         table.add_row(row["name"], row["paper"], f"{row['bytes_per_weight']:.2f}")
     out.print(table)
+    layers = [f"{row['name']} in a {row['layer']}" for row in rows if row["layer"]]
+    out.print(", ".join(layers), highlight=False)
 
 
 @app.command()
@@ -78,7 +86,7 @@ def show(
     with _one_sentence(ValueError):
         kind = registry.optimizer(name)
         size = parse_shape(shape)
-        slots = held(kind, size)
+        found = held(kind, size)
     options = {
         key: {"default": option.default, "allowed": option.bounds, "meaning": option.doc}
         for key, option in kind.options.items()
@@ -86,7 +94,7 @@ def show(
     text = "\n\n".join(inspect.cleandoc(part) for part in (sys.modules[kind.__module__].__doc__, kind.__doc__) if part)
     if as_json:
         print(
-            json.dumps({"name": name, "paper": kind.paper, "about": text, "options": options, "shape": size, **slots})
+            json.dumps({"name": name, "paper": kind.paper, "about": text, "options": options, "shape": size, **found})
         )
         return
     print(text)
@@ -94,12 +102,14 @@ def show(
     for key, option in options.items():
         table.add_row(key, str(option["default"]), option["allowed"], option["meaning"])
     out.print(table)
-    table = Table("slot", "kind", "shape", title=f"Remembered for a float32 weight {shape}", title_justify="left")
+    where = f" in a {found['layer']}" if found["layer"] else ""
+    title = f"Remembered for a float32 weight {shape}{where}"
+    table = Table("slot", "kind", "shape", title=title, title_justify="left")
     table.add_column("bytes", justify="right")
-    for slot in slots["slots"]:
+    for slot in found["slots"]:
         table.add_row(slot["name"], slot["kind"], str(tuple(slot["shape"])), f"{slot['bytes']:,}")
     table.add_section()
-    table.add_row("total", "", f"{slots['total'] / math.prod(size):.3f} a weight", f"{slots['total']:,}")
+    table.add_row("total", "", f"{found['total'] / math.prod(size):.3f} a weight", f"{found['total']:,}")
     out.print(table)
 
 
@@ -392,19 +402,46 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def held(kind: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The slots of one float32 weight and their bytes, from the rule itself: nothing is allocated."""
+    """What the optimizer holds for one float32 weight when it is made, and the layer that it needs for it, if any.
+
+    Tensors are fake: nothing is allocated.
+    """
     if len(shape) != 2 and "fallback_lr_scale" in kind.options:
         raise ValueError(f"{kind.__name__} is for matrices; a weight with {len(shape)} dimension(s) goes to adamw")
+    layer, given = None, {name: value for name, value in NEEDED.items() if name in kind.options}
+    with FakeTensorMode():
+        weight = (
+            nn.Linear(*shape[::-1], bias=False) if len(shape) == 2 else nn.ParameterDict({"weight": torch.empty(shape)})
+        )
+        model = nn.ModuleDict({"layer": weight})
+        if kind.needs_model:
+            layer = _converted(model, kind.__name__)
+        optimizer = kind(model, **given)
+        book = optimizer.memory()
+        shapes = {
+            (name, key): list(t.shape)
+            for group in optimizer.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            for key, t in optimizer.state[p].items()
+        }
     slots = [
         {
-            "name": name,
-            "kind": slot.kind,
-            "shape": slot.shape,
-            "bytes": math.prod(slot.shape) * (slot.dtype or torch.float32).itemsize,
+            "name": f"{entry.param}.{entry.key}".removeprefix("layer.").removeprefix("weight."),
+            "kind": entry.kind,
+            "shape": shapes[entry.param, entry.key],
+            "bytes": entry.nbytes,
         }
-        for name, slot in kind.slots(shape, kind.hypers({})).items()
+        for entry in book.entries
     ]
-    return {"slots": slots, "total": sum(slot["bytes"] for slot in slots)}
+    return {"layer": layer, "slots": slots, "total": book.total}
+
+
+def _converted(model: nn.Module, driver: str) -> str:
+    """Convert the model's layers for the optimizer of that name; into what."""
+    kind = next(kind for kind in modules.kinds().values() if getattr(kind, "driver", None) == driver)
+    options = {name: value for name, value in LAYER.items() if name in kind.options}
+    modules.convert(model, kind, **options)
+    return f"{kind.__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import optimzoo
 from optimzoo import registry
 from optimzoo.cli import main, parse_shape
 
@@ -97,12 +98,37 @@ def test_show(command, name: str) -> None:
     assert shown["options"]["lr"]["allowed"]
 
 
-def test_show_counts_what_an_optimizer_holds(command) -> None:
+@pytest.mark.parametrize("name", sorted(registry.optimizers()))
+def test_show_counts_what_an_optimizer_holds(command, name: str) -> None:
+    """In a layer of its own where it needs one, and then the layer is named."""
     import torch
 
-    layer = torch.nn.Linear(64, 96, bias=False)
-    held = registry.optimizer("cosmos")(layer, rank=64).memory().total
-    assert json.loads(command("show", "cosmos", "--shape", "96,64", "--json")[1])["total"] == held
+    model, kind = torch.nn.ModuleDict({"it": torch.nn.Linear(160, 96, bias=False)}), registry.optimizer(name)
+    layer = {
+        "sst": (optimzoo.SpectralLinear, {"rank": 64}),
+        "sft": (optimzoo.SparseDeltaLinear, {"density": 0.01}),
+    }.get(name)
+    if layer:
+        optimzoo.convert(model, layer[0], **layer[1])
+    optimizer = kind(model, **({"total_steps": 9} if name == "sft" else {}))
+    shown = json.loads(command("show", name, "--shape", "96,160", "--json")[1])
+    assert shown["total"] == optimizer.memory().total
+    state = [t for slots in optimizer.state.values() for t in slots.values()]
+    assert [(slot["shape"], slot["bytes"]) for slot in shown["slots"]] == [(list(t.shape), t.nbytes) for t in state]
+    text = {"sst": "SpectralLinear(rank=64)", "sft": "SparseDeltaLinear(density=0.01)"}.get(name)
+    assert shown["layer"] == text
+    rows = {row["name"]: row for row in json.loads(command("list", "--json")[1])}
+    assert rows[name]["layer"] == text
+    if text:
+        assert rows[name]["bytes_per_weight"] < 0.3
+        assert all(text in " ".join(command(*words)[1].split()) for words in (["list"], ["show", name]))
+
+
+def test_show_knows_which_weights_go_to_adamw(command) -> None:
+    few = json.loads(command("show", "swan", "--shape", "7,8", "--json")[1])
+    assert [slot["name"] for slot in few["slots"]] == ["exp_avg", "exp_avg_sq", "step"]
+    assert json.loads(command("show", "sm3", "--shape", "7,3,2", "--json")[1])["total"] == 48
+    assert json.loads(command("show", "adamw", "--shape", "7", "--json")[1])["total"] == 60
 
 
 def test_run_and_resume(command, recipe: Path, tmp_path: Path) -> None:

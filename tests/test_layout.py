@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "integrations": {"integrations", "registry", "core", "memory"},
     "registry": {"core", "optimizers"},
     "bench": {"bench", "training", "core", "functional", "memory"},
-    "cli": {"training", "registry", "memory", "core", "bench"},
+    "cli": {"training", "registry", "modules", "memory", "core", "bench"},
     "__init__": {"core", "functional", "memory", "modules", "optimizers", "planning", "registry"},
     "__main__": {"cli"},
 }
