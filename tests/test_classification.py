@@ -56,6 +56,7 @@ def laid_out(root: Path) -> Path:
     rows = {
         "sst2": [{"sentence": text, "label": int("cat" in text)} for text in SENTENCES],
         "mnli": [{"premise": text, "hypothesis": SENTENCES[0], "label": len(text) % 3} for text in SENTENCES],
+        "qnli": [{"question": text, "label": 0} for text in SENTENCES],  # lacks its second text
     }
     header = ["---", "configs:"]
     for task, examples in rows.items():
@@ -155,6 +156,7 @@ def test_a_comparison_and_a_plan_of_classifiers(glue: Path, tmp_path: Path) -> N
 
 WRONG = {
     "cola": ({"data": {"task": "cola"}}, r"data\.dataset: cannot load cola of"),
+    "column": ({"data": {"task": "qnli"}}, r"data: 'sentence' is not a column; there are question, label"),
     "heads": ({"config": BERT | {"num_attention_heads": 3}}, r"no sequence classifier's configuration"),
     "type": ({"config": {"hidden_size": 3}}, r"no sequence classifier's configuration: .*model_type"),
     "vocabulary": ({"config": BERT | {"vocab_size": 8}}, r"vocab_size=8 is too small"),

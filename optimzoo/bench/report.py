@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from optimzoo.bench.training import PARTS
-from optimzoo.training.report import size
+from optimzoo.memory.ledger import human
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -23,7 +23,7 @@ def table(found: dict[str, Any]) -> Table:
         ratios = [f"{row['ratios'][yard]:.2f}" for yard in yardsticks]
         first, steady = f"{row['first'] / row['p20']:.1f}", f"{row['spread']:.2f}"
         result.add_row(
-            label, f"{1e3 * row['p20']:.2f}", *ratios, steady, first, size(row["state"]), size(row["workspace"])
+            label, f"{1e3 * row['p20']:.2f}", *ratios, steady, first, human(row["state"]), human(row["workspace"])
         )
     return result
 
@@ -50,6 +50,6 @@ def growth(found: list[dict[str, Any]]) -> Table:
         if all("p20" in row for row in rows):
             cells = zip(found, rows, strict=True)
             result.add_row(
-                label, *(f"{1e3 * row['p20'] / one['layers']:.3f}, {size(row['workspace'])}" for one, row in cells)
+                label, *(f"{1e3 * row['p20'] / one['layers']:.3f}, {human(row['workspace'])}" for one, row in cells)
             )
     return result

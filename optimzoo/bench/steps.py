@@ -12,6 +12,7 @@ from optimzoo.memory import Workspace, ledger
 from optimzoo.memory.workspace import measure
 from optimzoo.training.errors import UserError
 from optimzoo.training.recipe import Recipe
+from optimzoo.training.surroundings import now
 
 
 def measure_steps(
@@ -66,10 +67,10 @@ def measure_steps(
 
 
 def _step(optimizers: list[Optimizer], device: torch.device) -> list[float]:
-    start = timing.clock(device)
+    start = now(device)
     for optimizer in optimizers:
         optimizer.step()
-    return [timing.clock(device) - start]
+    return [now(device) - start]
 
 
 def _held(optimizers: list[Optimizer], device: torch.device) -> dict[str, int]:

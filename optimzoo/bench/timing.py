@@ -1,7 +1,6 @@
 """Times on a machine that is never quite idle: interleaved rounds, low percentiles, and a verdict on the whole."""
 
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -33,13 +32,6 @@ def let_memory_stay() -> None:
     that would be most of a step's temporaries, after every matrix, and a step a tenth slower.
     """
     torch.empty(BLOCK, dtype=torch.uint8)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, with the device's work done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def summary(seconds: list[float]) -> Timing:

@@ -13,6 +13,7 @@ from optimzoo.bench.candidates import built, parsed
 from optimzoo.training.model import build_model, convert, loss_of
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.sections import Conversion
+from optimzoo.training.surroundings import now
 
 PARTS = ("forward", "backward", "optimizer")
 # The layers that a method needs, where the recipe does not convert any; and the methods that are layers only.
@@ -78,14 +79,14 @@ def _action(
     model: nn.Module, optimizers: list[Optimizer], tokens: Tensor, device: torch.device
 ) -> Callable[[], list[float]]:
     def action() -> list[float]:
-        marks = [timing.clock(device)]
+        marks = [now(device)]
         loss = loss_of(model, tokens)
-        marks.append(timing.clock(device))
+        marks.append(now(device))
         loss.backward()
-        marks.append(timing.clock(device))
+        marks.append(now(device))
         for optimizer in optimizers:
             optimizer.step()
-        marks.append(timing.clock(device))
+        marks.append(now(device))
         for optimizer in optimizers:
             optimizer.zero_grad()
         return [after - before for before, after in pairwise(marks)]

@@ -2,7 +2,6 @@
 
 from torch.optim import Optimizer
 
-from optimzoo.core import ZooOptimizer
 from optimzoo.memory import History, ledger
 
 
@@ -11,7 +10,7 @@ def memory_metrics(optimizer: Optimizer) -> dict[str, int]:
 
     `memory/workspace_bytes` is there when the last step's was measured (`optimzoo.track(opt, workspace=True)`).
     """
-    book = optimizer.memory() if isinstance(optimizer, ZooOptimizer) else ledger(optimizer)
+    book = ledger(optimizer)
     metrics = {"memory/state_bytes": book.total}
     metrics |= {f"memory/{kind.replace(' ', '_')}_bytes": held for kind, held in book.by("kind").items()}
     history = getattr(optimizer, "memory_history", None)

@@ -6,7 +6,7 @@ import re
 import sysconfig
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -230,25 +230,34 @@ def tokenizer_of(name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"data.tokenizer: cannot load {name!r}: {first_line(error)}") from error
+        raise UserError(f"data.tokenizer: cannot load {name!r}: {_first_line(error)}") from error
 
 
 def _rows(spec: HuggingFace, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of the data set in their order, each with `columns`."""
-    datasets = needs("datasets", f"data set {spec.dataset}")
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(
-            spec.dataset, spec.config, split=spec.split, data_files=spec.data_files, streaming=spec.streaming
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.dataset: cannot load {spec.dataset!r}: {first_line(error)}") from error
-    for row in rows:
-        for column in columns:
-            if column not in row:
-                raise UserError(f"data: {column!r} is not a column; there are {', '.join(row)}")
+    how = {"split": spec.split, "data_files": spec.data_files, "streaming": spec.streaming}
+    for row in data_set(spec.dataset, spec.config, **how):
+        check_columns(row, columns)
         yield row
 
 
-def first_line(error: Exception) -> str:
+def data_set(name: str, config: str | None, **how: Any) -> Any:
+    """Rows of a data set by its name and that of its part, if it has parts."""
+    datasets = needs("datasets", f"data set {name}")
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, config, **how)
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{config} of {name!r}" if config else repr(name)
+        raise UserError(f"data.dataset: cannot load {what}: {_first_line(error)}") from error
+
+
+def check_columns(known: Collection[str], columns: Iterable[str]) -> None:
+    """Refuse data without one of these columns."""
+    for column in columns:
+        if column not in known:
+            raise UserError(f"data: {column!r} is not a column; there are {', '.join(known)}")
+
+
+def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).split("\n")[0]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optimzoo.training.data import first_line, python_sources, tokenizer_of, words
-from optimzoo.training.errors import UserError, needs
+from optimzoo.training.data import check_columns, data_set, python_sources, tokenizer_of, words
+from optimzoo.training.errors import UserError
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.sections import PACKAGES, Glue, PythonPackages
 
@@ -136,14 +136,9 @@ def _glue(spec: Glue) -> Examples:
 
 
 def _glue_part(spec: Glue, split: str, tokenizer: Any) -> Part:
-    datasets = needs("datasets", f"data set {spec.dataset}")
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(spec.dataset, spec.task, split=split)
-        columns = [rows[column] for column in (*TEXTS[spec.task], "label")]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"data.dataset: cannot load {spec.task} of {spec.dataset!r}: {first_line(error)}") from error
-    *texts, labels = map(list, columns)
+    rows, columns = data_set(spec.dataset, spec.task, split=split), (*TEXTS[spec.task], "label")
+    check_columns(rows.column_names, columns)
+    *texts, labels = (list(rows[column]) for column in columns)
     tokens = tokenizer(*texts, truncation=True, max_length=spec.sequence)["input_ids"]
     return _padded(zip(tokens, labels, strict=True), spec.sequence, tokenizer.pad_token_id)
 

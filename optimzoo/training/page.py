@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from optimzoo.training.report import COLOURS, accuracy_text, duration, figure, save, size
+from optimzoo.memory.ledger import human
+from optimzoo.training.report import COLOURS, accuracy_text, duration, figure, save
 
 Method = Mapping[str, Any]
 
@@ -28,9 +29,9 @@ def lines(methods: Sequence[Method]) -> list[list[str]]:
             "validation loss": "diverged" if loss is None else f"{loss:.3f}",
             "spread": f"{method['spread']:.3f}" if len(method["losses"]) > 1 and loss is not None else "-",
             "accuracy": accuracy,
-            "weights": size(held["weights"]),
-            "optimizer state": size(held["state"]),
-            "workspace": "-" if held["workspace"] is None else size(held["workspace"]),
+            "weights": human(held["weights"]),
+            "optimizer state": human(held["state"]),
+            "workspace": "-" if held["workspace"] is None else human(held["workspace"]),
             "step": duration(method["step_s"]),
         }
         if set(accuracies) == {"-"}:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from optimzoo.training.report import size
+from optimzoo.memory.ledger import human
 
 Row = dict[str, Any]
 
@@ -26,7 +26,7 @@ def _progress() -> Progress:
 def numbers(row: Row) -> str:
     """The last update in words."""
     loss = "diverged" if row["loss"] is None else f"loss {row['loss']:.3f}"
-    return f"{loss}  {row['tokens_per_s']:,.0f} tokens/s  optimizer {size(row['memory/state_bytes'])}"
+    return f"{loss}  {row['tokens_per_s']:,.0f} tokens/s  optimizer {human(row['memory/state_bytes'])}"
 
 
 @contextlib.contextmanager

@@ -6,20 +6,13 @@ from typing import Any
 
 from rich.table import Table
 
+from optimzoo.memory.ledger import human
 from optimzoo.training.folder import Folder, write
 
 Result = Mapping[str, Any]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 WEIGHTS, WORKSPACE = "#BBBBBB", "#FFFFFF"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit that people read."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def duration(seconds: float | None) -> str:
@@ -54,16 +47,16 @@ def table(methods: Sequence[Result], title: str) -> Table:
     accuracies = [accuracy_text(method) for method in methods]
     if set(accuracies) != {"-"}:
         result.add_row("validation accuracy", *accuracies)
-    result.add_row("optimizer bytes", *(size(one["state"]) for one in held))
+    result.add_row("optimizer bytes", *(human(one["state"]) for one in held))
     for kind in kinds:
         result.add_row(
-            f"  {kind}", *(size(one["state_by_kind"][kind]) if kind in one["state_by_kind"] else "" for one in held)
+            f"  {kind}", *(human(one["state_by_kind"][kind]) if kind in one["state_by_kind"] else "" for one in held)
         )
     result.add_row("  as a multiple of the weights", *(f"{one['state'] / one['weights']:.2f}" for one in held))
     result.add_row(
-        "workspace of a step", *("-" if one["workspace"] is None else size(one["workspace"]) for one in held)
+        "workspace of a step", *("-" if one["workspace"] is None else human(one["workspace"]) for one in held)
     )
-    result.add_row("saved for backward", *(size(one["activations"]) for one in held))
+    result.add_row("saved for backward", *(human(one["activations"]) for one in held))
     result.add_row("time of a step", *(duration(method["step_s"]) for method in methods))
     result.add_row("  of it the optimizer", *(duration(method["optimizer_s"]) for method in methods))
     return result
@@ -130,7 +123,7 @@ def draw_memory(methods: Sequence[Result], path: Path) -> None:
                 line, width, 0.62, left, color=colour, hatch=hatch, edgecolor=edge, label=name if line == 0 else None
             )
             left += width
-        axes.annotate(f"  state {size(held['state'])}", (left, line), va="center", fontsize=9)
+        axes.annotate(f"  state {human(held['state'])}", (left, line), va="center", fontsize=9)
     axes.set_yticks(range(len(methods)), [method["label"] for method in methods])
     axes.invert_yaxis()
     axes.margins(x=0.2)

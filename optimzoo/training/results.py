@@ -11,16 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optimzoo.core import ZooOptimizer
-from optimzoo.memory import Ledger, ledger
+from optimzoo.memory import ledger
 from optimzoo.modules.delta_file import trainable_numbers
 from optimzoo.training.folder import versions
 from optimzoo.training.recipe import Recipe
 from optimzoo.training.tasks import Data
-
-
-def held(optimizer: Optimizer) -> Ledger:
-    """What an optimizer remembers; the zoo's own know the kinds of their slots."""
-    return optimizer.memory() if isinstance(optimizer, ZooOptimizer) else ledger(optimizer)
 
 
 def state_bytes(optimizers: list[Optimizer]) -> int:
@@ -49,7 +44,7 @@ def summarise(
     numbers = trainable_numbers(model)
     by_kind: dict[str, int] = {}
     for optimizer in optimizers:
-        for kind, nbytes in held(optimizer).by("kind").items():
+        for kind, nbytes in ledger(optimizer).by("kind").items():
             by_kind[kind] = by_kind.get(kind, 0) + nbytes
     held_out = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
     spaces = [row["memory/workspace_bytes"] for row in rows if row["memory/workspace_bytes"] is not None]
