@@ -20,12 +20,11 @@ class Skips:
 
     def watch(self, members: list[Member]) -> None:
         """Keep tensors for those of these that live on a device, and for no others."""
-        before = self._device
-        self._device = {}
-        for member in members:
-            if not on_host(member.p):
-                new = torch.zeros((), dtype=torch.int32, device=member.p.device)
-                self._device[member.name] = before.get(member.name, new)
+        before, there = self._device, {member.name: member.p.device for member in members if not on_host(member.p)}
+        self._device = {
+            name: before[name].to(device) if name in before else torch.zeros((), dtype=torch.int32, device=device)
+            for name, device in there.items()
+        }
 
     def note(self, names: list[str], unknown: Unknown) -> None:
         """Count the names skipped that the host knows of, and where only the device knows."""
