@@ -1,6 +1,7 @@
 """The bench: what it measures, what it says of a busy machine, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -74,22 +75,31 @@ def test_training_steps_say_where_time_goes(recipe):
         assert row["optimizer"] > 0
 
 
+def test_what_cannot_be_built_here_is_said_in_its_row(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    names = ["galore:rank=4", "sst:rank=4"]  # no package, no layers: whatever the options say
+    found = steps.measure_steps(recipe, names, ["torch.adamw"], layers=1, rounds=1, device=CPU)["rows"]
+    assert list(found) == ["torch.adamw", *names]
+    assert "galore needs galore-torch" in found["galore:rank=4"]["error"]
+    assert found["sst:rank=4"].keys() == {"error"}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("cosmo", "no optimizer is called 'cosmo'; did you mean 'cosmos'"),
-        ("cosmos:rank", "write options as name:key=value"),
+        ("frugal:projektion=rows", "no option 'projektion'; did you mean 'projection'"),
+        ("cosmos:rank=0", "rank=0 is out of range"),
+        ("adamw:lr", "write options as name:key=value"),
         ("torch.muon:products=int8", "it must be float32"),
     ],
 )
-def test_refuses_by_name(recipe, text, words):
+@pytest.mark.parametrize("yardstick", [True, False])
+def test_what_is_wrong_with_a_candidate_is_told_before_a_step_is_taken(recipe, monkeypatch, text, words, yardstick):
+    monkeypatch.setattr(steps, "_step", None)
+    names, against = (["adamw"], ["torch.adamw", text]) if yardstick else (["adamw", text], ["torch.adamw"])
     with pytest.raises(UserError, match=words):
-        candidates.optimizers_on(candidates.subject(recipe, 1, False, CPU), text)
-
-
-def test_what_cannot_be_built_is_said_in_its_row(recipe):
-    found = steps.measure_steps(recipe, ["cosmos:rank=0"], ["torch.adamw"], layers=1, rounds=1, device=CPU)
-    assert "rank=0 is out of range" in found["rows"]["cosmos:rank=0"]["error"]
+        steps.measure_steps(recipe, names, against, layers=1, rounds=1, device=CPU)
 
 
 @pytest.mark.filterwarnings("ignore::Warning")  # of packages and of what they compile with

@@ -106,6 +106,15 @@ def optimizers_on(model: nn.Module, text: str) -> list[Optimizer]:
     return found
 
 
+def can_be_built(model: nn.Module, text: str) -> bool:
+    """Whether the optimizer can be built when its options are left out, so that they are what is wrong with `text`."""
+    name, options = parsed(text)
+    try:
+        return bool(options) and bool(optimizers_on(model, name))
+    except UserError:
+        return False
+
+
 def built(model: nn.Module, name: str, options: dict[str, Any]) -> list[Optimizer]:
     """What steps all of this model."""
     lr = options.pop("lr", LR)

@@ -29,20 +29,27 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Times in seconds, bytes, and ratios of 20th percentiles to every yardstick, as plain data.
 
-    A candidate that cannot be built (its package is missing, say) has an "error" in place of figures.
+    A candidate that cannot be built here whatever its options (its package is missing, say) has an "error" in place of
+    figures; names and options that are wrong are refused before anything is measured.
     """
+    labels = list(dict.fromkeys((*against, *names)))
+    for label in labels:
+        candidates.parsed(label)  # before a model is made
     model = candidates.subject(recipe, layers, embeddings, device)
     timing.let_memory_stay()
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {label: {} for label in labels}
     built: dict[str, list[Optimizer]] = {}
-    for label in dict.fromkeys((*against, *names)):
+    for label in labels:
         try:
             built[label] = candidates.optimizers_on(model, label)
-            rows[label] = {"first": sum(_step(built[label], device))}
         except UserError as error:
+            if candidates.can_be_built(model, label):
+                raise
             rows[label] = {"error": str(error)}
     if not built:
         raise UserError("; ".join(row["error"] for row in rows.values()))
+    for label, optimizers in built.items():
+        rows[label] = {"first": sum(_step(optimizers, device))}
     for optimizers in built.values():
         for _ in range(warmup):
             _step(optimizers, device)
