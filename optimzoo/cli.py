@@ -163,8 +163,8 @@ def compare(
     changes += [f"seeds=[{seeds}]"] if seeds else []
     place = folder or Path("runs") / recipe.stem
     with _stoppable("the same command goes on from the last checkpoints"), _one_sentence(training.UserError):
-        command = " ".join(["optimzoo", *sys.argv[1:]])
-        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json, command=command)
+        said = {"command": " ".join(["optimzoo", *sys.argv[1:]]), "source": recipe.name}
+        result = training.compare(training.load(recipe, changes), place, jobs=jobs, quiet=as_json, **said)
     if result["stale"]:
         print(f"note: made by other code, delete to repeat: {', '.join(result['stale'])}", file=sys.stderr)
     for label, why in result["missing"].items():

@@ -20,6 +20,7 @@ from optimzoo.training.folder import Folder
 from optimzoo.training.model import build_model, loss_of
 from optimzoo.training.optimizers import build_optimizers, missing
 from optimzoo.training.parsing import parse
+from optimzoo.training.planning import check
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.schedule import factor
 from optimzoo.training.sections import Schedule, Sweep
@@ -508,6 +509,33 @@ def test_a_missing_package_costs_its_row_only(text: Path, tmp_path: Path, monkey
         compare(toy(text, entries.replace(", {label: A}", "")), tmp_path / "none", quiet=True)
     with pytest.raises(UserError, match="needs galore-torch"):
         train(toy(text, optimizer="{name: galore, lr: 1e-2}"), tmp_path / "run", quiet=True)
+
+
+LATE = {
+    "{label: C, optimizer: {name: cosmos, lr: 1e-2, rnk: 4}}": "optimizer cosmos: .*'rnk'; did you mean 'rank'",
+    "{label: C, optimizer: {name: torch.muon, lr: 1e-2, ns_steps: 500}}": "optimizer torch.muon: .*less than 100",
+    "{label: C, modules: [{kind: spektral}]}": "modules: no layer is called 'spektral'; did you mean 'spectral'",
+    "{label: C, optimizer: {name: sst, lr: 1e-2}}": "optimizer sst: ",
+    "{label: C, modules: [{kind: lora, rank: 2}], optimizer: {name: adamw, lr: 1e-2, epz: 1}}": "did you mean 'eps'",
+    "{label: C, optimizer: {eps: 1e-8}, sweep: {key: optimizer.eps, values: [1e-8, -1]}}": "eps=-1.0 is out of range",
+    "{label: C, optimizer: {name: cosmos, lr: 1, rank: 4}, sweep: {key: optimizer.rank}}": "must be an integer",
+    "{label: C, sweep: {key: optimizer.name}}": "is no number of the recipe",
+}
+
+
+@pytest.mark.parametrize("entry", LATE)
+def test_what_the_last_entry_gets_wrong_is_told_before_the_first_runs(entry: str, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^toy.yaml: compare entry 'C': .*{LATE[entry]}"):
+        compare(toy(text, f"compare=[{{label: A}}, {entry}]"), tmp_path / "all", quiet=True, source="toy.yaml")
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_early_check_lets_pass_what_it_cannot_build(text: Path) -> None:
+    """On fake tensors there are no layers of peft's, and some models cannot be: such runs speak for themselves."""
+    check(toy(text, "modules=[{kind: lora, rank: 2}]", "freeze=['*']"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimzoo.training.planning.blueprint", lambda recipe, converted: torch.ones(1).item() / 0)
+        check(toy(text))
 
 
 def test_lora_trains_adapters_and_what_is_in_no_layer(text: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from optimzoo.training.errors import UserError
 from optimzoo.training.folder import Folder, write_json, write_text
 from optimzoo.training.optimizers import missing
 from optimzoo.training.places import place
+from optimzoo.training.planning import check
 from optimzoo.training.progress import Watch
 from optimzoo.training.recipe import Recipe, validate
 from optimzoo.training.results import code
@@ -25,14 +26,19 @@ Result = dict[str, Any]
 
 
 def compare(
-    recipe: Recipe, folder: str | Path, jobs: int = 1, quiet: bool = False, command: str = "optimzoo compare"
+    recipe: Recipe,
+    folder: str | Path,
+    jobs: int = 1,
+    quiet: bool = False,
+    command: str = "optimzoo compare",
+    source: str = "recipe",
 ) -> Result:
     """Run every entry of the recipe's `compare`, with its sweep and seeds, and put them on one page.
 
     `jobs` processes work at a time. Each run has its own folder below `folder`, named by a hash of all that decides its
     result (recipe, corpus, versions), which is how a second call finds what the first one did. The page: a table, the
     recipe's claims with verdicts, `comparison.json`, the same for a README in `comparison.md` (where `command` is said
-    to have made it), and three pictures.
+    to have made it), and three pictures. What one entry gets wrong is told, after `source`, before any of them runs.
     """
     out = Path(folder)
     code()  # before anybody changes the sources that this process has loaded
@@ -42,11 +48,15 @@ def compare(
     if len(absent) == len(entries):
         raise UserError("; ".join(absent.values()))
     entries = {label: entry for label, entry in entries.items() if label not in absent}
+    hows = {label: (entry, entry.sweep or recipe.sweep, entry.seeds or seeds) for label, entry in entries.items()}
+    for label, how in hows.items():
+        try:
+            _check(label, next(search(*how)), out)
+        except UserError as error:
+            raise UserError(f"{source}: compare entry {label!r}: {error}") from error
     for entry in entries.values():
         prepare(entry, out, quiet)  # once, and before several processes ask for the same
-    searches = {
-        label: search(entry, entry.sweep or recipe.sweep, entry.seeds or seeds) for label, entry in entries.items()
-    }
+    searches = {label: search(*how) for label, how in hows.items()}
     with _executor(jobs) as executor, Watch(quiet or jobs == 1) as watch:
         found = _drive(searches, out, executor, watch, quiet or jobs > 1)
     runs = {label: [place(out, label, run) for run in one["runs"]] for label, one in found.items()}
@@ -62,6 +72,13 @@ def compare(
     result |= {"versions": first["versions"], "stale": stale, "missing": absent}
     _publish(recipe, result, runs, out, command)
     return result
+
+
+def _check(label: str, runs: Sequence[Recipe], out: Path) -> None:
+    """Refuse now what the ends of a sweep would after hours of other runs; what is finished has shown that it can."""
+    open_ = [run for run in (runs[0], runs[-1]) if not Folder(place(out, label, run)).finished(run)]
+    for run in {run.replace({"seed": 0, "optimizer.lr": 1.0}).key: run for run in open_}.values():
+        check(run)
 
 
 def _publish(recipe: Recipe, result: Result, runs: dict[str, list[Path]], out: Path, command: str) -> None:

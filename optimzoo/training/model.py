@@ -33,7 +33,7 @@ def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tens
                 model.load_state_dict(weights)
             except RuntimeError as error:
                 raise UserError(f"pretrain: its weights do not fit this model: {error}") from error
-        _adapted(model, recipe)
+        adapted(model, recipe)
     if recipe.checkpointing:
         try:
             checkpoint_blocks(model)
@@ -42,7 +42,7 @@ def build_model(recipe: Recipe, device: torch.device, weights: Mapping[str, Tens
     return model
 
 
-def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
+def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Freeze, then convert: what `modules` puts in is trained."""
     freeze(model, (recipe.freeze,) if isinstance(recipe.freeze, str) else recipe.freeze)
     for conversion in recipe.modules:
@@ -71,7 +71,7 @@ def blueprint(recipe: Recipe, converted: bool = True) -> nn.Module:
         model = _from_config(recipe)
     finally:
         torch.set_default_dtype(before)
-    return _adapted(model, recipe) if converted else model
+    return adapted(model, recipe) if converted else model
 
 
 def _trained(recipe: Recipe, spec: Pretrained) -> nn.Module:

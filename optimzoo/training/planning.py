@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optimzoo import planning
+from optimzoo import planning, registry
 from optimzoo.core.hyper import nearest
 from optimzoo.memory import Plan, Unplannable
+from optimzoo.memory.fakes import StandIn
 from optimzoo.training.errors import UserError
-from optimzoo.training.model import blueprint, convert
+from optimzoo.training.model import adapted, blueprint, convert
 from optimzoo.training.optimizers import build_optimizers
 from optimzoo.training.parsing import parse
 from optimzoo.training.recipe import Recipe, validate
@@ -88,6 +89,22 @@ def fits(recipe: Recipe, memory: int, **how: Any) -> planning.Fit:
         )
     except (Unplannable, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what a run refuses when it converts its layers and makes its optimizers, with nothing allocated."""
+    with StandIn("cpu"):
+        try:
+            model = blueprint(recipe, converted=False)
+        except Exception:  # no configuration, or one that fake tensors cannot have: for the run to say
+            return
+        try:
+            adapted(model, recipe)
+        except RuntimeError:  # peft moves its layers, which fake ones refuse: the options are checked without them
+            if getattr(registry.optimizers().get(recipe.optimizer.name), "needs_model", False):
+                return
+            model = blueprint(recipe, converted=False)
+        _optimizers(recipe, model)
 
 
 def setting(recipe: Recipe, checkpointing: bool, ranks: int) -> str:

@@ -187,6 +187,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UserError(f"--set {override}: write it as key.sub=value, such as optimizer.lr=1e-3")
         put(values, key.strip(), parse(value, f"--set {override}"))
     recipe = validate(values, path.name)
-    for entry in recipe.entries().values():
-        entry.preparation()
+    try:
+        for entry in recipe.entries().values():
+            entry.preparation()
+    except UserError as error:
+        raise UserError(f"{path.name}: {error}") from error
     return recipe
