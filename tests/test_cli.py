@@ -204,6 +204,17 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(command, recipe: Path, tmp_
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("wrong", ["data.path=/no/such", "optimizer.rnk=3", "data.sequence=100000"])
+@pytest.mark.parametrize("how", [(), ("--resume",)])
+def test_a_run_that_was_refused_is_none(command, recipe: Path, tmp_path: Path, wrong: str, how: tuple) -> None:
+    refused(command("run", recipe, "--set", wrong))
+    assert command("run", recipe, *how)[0] == 0
+    for name in ("checkpoint.pt", "result.json", "metrics.jsonl"):  # each of them alone is something to lose
+        assert "already holds a run" in refused(command("run", recipe))
+        (tmp_path / "runs" / "toy" / name).unlink()
+    assert command("run", recipe)[0] == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", "cut"])
 def test_a_corrupt_checkpoint(command, recipe: Path, tmp_path: Path, content: bytes | str) -> None:
     run = tmp_path / "runs" / "toy"

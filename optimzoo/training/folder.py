@@ -71,7 +71,7 @@ class Folder:
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """Make the folder a home for `recipe`: a new one, or with `resume` the one that already is."""
-        if self.recipe.exists():
+        if self.recipe.exists() and self._begun():
             if not resume:
                 raise UserError(f"{self.path} already holds a run; go on with --resume, or choose another --out")
             self._same(recipe)
@@ -81,6 +81,11 @@ class Folder:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}; choose another --out") from error
         header = f"# A resolved recipe: optimzoo run {self.recipe.name} --out {self.path.name} --resume\n"
         write_text(self.recipe, header + yaml.safe_dump(recipe.run(), sort_keys=False))
+
+    def _begun(self) -> bool:
+        """Whether there is something to go on with: a run refused before its first update has left its recipe only."""
+        rows = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return rows or self.checkpoint.exists() or self.result.exists()
 
     def _same(self, recipe: Recipe) -> None:
         try:
