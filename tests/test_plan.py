@@ -19,6 +19,7 @@ from optimzoo.core import stacks, storage
 from optimzoo.functional import slices
 from optimzoo.memory import Unplannable, Workspace, ledger
 from optimzoo.modules import convert
+from optimzoo.training.planning import bytes_of
 from tests.cases import PLAIN, go_the_devices_way, tiny
 from tests.cases import loss_of as tiny_loss
 from tests.test_cli import command, refused  # noqa: F401  # the fixture
@@ -427,10 +428,16 @@ def test_wrong_words_are_one_sentence(command, tmp_path: Path) -> None:  # noqa:
     assert "did you mean 'cosmos'" in refused(command("plan", "--model", "60m", "--optimizer", "cosmo"))
     assert "give one recipe, or --model" in refused(command("plan"))
     assert "give it a value" in refused(command("plan", "--model", "60m", "--density"))
-    assert "24GiB" in refused(command("fit", "--gpu", "much", "--model", "60m"))
+    for size in ("much", "24", "24i", "24.5", "ib"):
+        assert "write it like 24GiB" in refused(command("fit", "--gpu", size, "--model", "60m"))
     assert "dtype" in refused(command("plan", "--model", "60m", "--dtype", "int3"))
     (tmp_path / "config.json").write_text("{}")
     assert "configuration" in refused(command("plan", "--model", tmp_path / "config.json"))
+
+
+def test_sizes_in_words() -> None:
+    sizes = {"24GiB": 24 * 2**30, "16g": 16 * 2**30, "80 GB": 80 * 10**9, "1.5k": 1536, "512b": 512}
+    assert {text: bytes_of(text) for text in sizes} == sizes
 
 
 SEVEN = """

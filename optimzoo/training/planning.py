@@ -153,7 +153,7 @@ def _how(recipe: Recipe, how: dict[str, Any]) -> dict[str, Any]:
 def bytes_of(text: str) -> int:
     """`24GiB`, `80 GB` or `16g` (binary) as bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
-    if not match or (not match[2] and match[3] == "ib"):
+    if not match or (not match[2] and match[3] != "b"):  # a bare 24 would be bytes, in which nothing fits
         raise UserError(f"{text!r} is no size: write it like 24GiB or 80GB")
     power = " kmgt".index(match[2] or " ")
     return int(float(match[1]) * (1000 if match[3] == "b" else 1024) ** power)
