@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     print(
@@ -176,7 +177,7 @@ def compare(
     caption = f"data {corpus['name']}, sha256 {corpus['sha256'][:12]}, Python {corpus['python']}"
     methods = result["methods"]
     table = training.report.table if len(methods) <= WIDE else training.page.table  # columns have more to say
-    out.print(table(methods, str(place)), caption, sep="\n", highlight=False)
+    out.print(table(methods, str(place)), escape(caption), sep="\n", highlight=False)
     if result["claims"]:
         out.print(training.page.verdicts(result["claims"]), highlight=False)
     if swept := [method for method in methods if "tried" in method]:
@@ -390,7 +391,7 @@ def _planned(
 
 
 def _files(folder: Path, *names: str) -> None:
-    out.print("see", *(str(folder / name) for name in names), highlight=False, soft_wrap=True)
+    out.print("see", *(str(folder / name) for name in names), markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from optimzoo.bench import candidates, steps, timing, training
+from optimzoo.bench import candidates, show, steps, timing, training
 from optimzoo.cli import main
 from optimzoo.training.errors import UserError
 from optimzoo.training.planning import described
@@ -82,6 +83,19 @@ def test_what_cannot_be_built_here_is_said_in_its_row(recipe, monkeypatch):
     assert list(found) == ["torch.adamw", *names]
     assert "galore needs galore-torch" in found["galore:rank=4"]["error"]
     assert found["sst:rank=4"].keys() == {"error"}
+
+
+def test_tables_say_what_stands_in_brackets(capsys):
+    """Rich takes [baselines] for a style, and shows nothing of it."""
+    error = "galore needs galore-torch: pip install 'optimzoo[baselines]'"
+    row = {"first": 1.0, "p20": 1.0, "p50": 1.0, "spread": 1.0, "state": 1, "workspace": 1, "ratios": {"a[b]": 1.0}}
+    found = {"layers": 1, "weights": 1, "rounds": 1, "rows": {"a[b]": row, "galore": {"error": error}}}
+    result = {"model": "m[x].json", "measured": [found | {"invalid": "a[b] (1.5)"}]}
+    show(result, Console(width=300))
+    shown = capsys.readouterr().out
+    assert error in shown
+    assert shown.count("a[b]") == 3
+    assert "m[x].json" in shown
 
 
 @pytest.mark.parametrize(

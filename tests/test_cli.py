@@ -187,6 +187,16 @@ def test_compare_in_processes(command, recipe: Path) -> None:
     assert err.count("4/4") == 6
 
 
+def test_labels_and_folders_in_brackets_are_shown(command, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("label: COSMOS", "label: 'COSMOS [r4]'"))
+    claim = "claims=[{text: '[bold] words', near: [AdamW, 'COSMOS [r4]']}]"
+    _, out, _ = command("compare", recipe, "--set", claim, "--sweep", "optimizer.lr=1e-2", "--out", "all [x]")
+    assert out.count("COSMOS [r4]") >= 2
+    assert "[bold] words" in out
+    assert out.count("all [x]") >= 2
+    assert command("run", recipe, "--out", "one [x]")[2].count("one [x] 4/4") == 1
+
+
 def test_wrong_input_is_one_sentence_and_exit_code_2(command, recipe: Path, tmp_path: Path) -> None:
     assert "did you mean 'cosmos'?" in refused(command("show", "cosmo"))
     assert "--shape 3,x" in refused(command("show", "cosmos", "--shape", "3,x"))

@@ -64,9 +64,9 @@ def show(result: dict[str, Any], out: Console) -> None:
     if len(found) > 1 and "weights" in found[0]:
         out.print(report.growth(found))
     machine = ", ".join(f"{key} {value}" for key, value in result.items() if key != "measured")
-    out.print(machine, highlight=False, soft_wrap=True)
+    out.print(machine, markup=False, highlight=False, soft_wrap=True)
     for reason in dict.fromkeys(one["invalid"] for one in found if one["invalid"]):
-        out.print(f"INVALID: {reason}", style="bold red", highlight=False, soft_wrap=True)
+        out.print(f"INVALID: {reason}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _measure(

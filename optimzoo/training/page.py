@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from optimzoo.memory.ledger import human
@@ -43,11 +44,11 @@ def lines(methods: Sequence[Method]) -> list[list[str]]:
 def table(methods: Sequence[Method], title: str) -> Table:
     """One line a method, the best loss first."""
     headings, *rest = lines(methods)
-    result = Table(title=title, title_justify="left")
+    result = Table(title=escape(title), title_justify="left")
     for heading in headings:
         result.add_column(heading, justify="left" if heading == "method" else "right")
     for cells in rest:
-        result.add_row(*cells)
+        result.add_row(*map(escape, cells))
     return result
 
 
@@ -55,7 +56,8 @@ def verdicts(claims: Sequence[Mapping[str, Any]]) -> Table:
     """One line a claim, and what was found for each part of it."""
     result = Table("claim", "verdict", "by", title="What the papers claim", title_justify="left")
     for claim in claims:
-        result.add_row(claim["text"], claim["verdict"], "\n".join(map(_part, claim["parts"])))
+        parts = "\n".join(map(_part, claim["parts"]))
+        result.add_row(escape(claim["text"]), claim["verdict"], escape(parts))
     return result
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from optimzoo.memory.ledger import human
@@ -37,7 +38,7 @@ def bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int, Row], No
         yield lambda done, row: None
     elif console.is_terminal:
         with _progress() as progress:
-            task = progress.add_task(label, total=total, numbers="")
+            task = progress.add_task(escape(label), total=total, numbers="")
             yield lambda done, row: progress.update(task, completed=done, numbers=numbers(row))
     else:
         yield lambda done, row: _line(console, label, done, total, row)
@@ -45,7 +46,7 @@ def bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int, Row], No
 
 def _line(console: Console, label: str, done: int, total: int, row: Row) -> None:
     if "validation_loss" in row or done == total:
-        console.print(f"{label} {done}/{total}  {numbers(row)}", highlight=False, soft_wrap=True)
+        console.print(f"{label} {done}/{total}  {numbers(row)}", markup=False, highlight=False, soft_wrap=True)
 
 
 class Watch:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from optimzoo.memory.ledger import human
@@ -37,9 +38,9 @@ def accuracy_text(method: Result) -> str:
 def table(methods: Sequence[Result], title: str) -> Table:
     """One column a method: loss, optimizer bytes by kind, workspace, time of a step."""
     kinds = list(dict.fromkeys(kind for method in methods for kind in method["bytes"]["state_by_kind"]))
-    result = Table("", title=title, title_justify="left")
+    result = Table("", title=escape(title), title_justify="left")
     for method in methods:
-        result.add_column(method["label"], justify="right")
+        result.add_column(escape(method["label"]), justify="right")
     held = [method["bytes"] for method in methods]
 
     result.add_row("learning rate", *(f"{method['optimizer']['lr']:g}" for method in methods))
@@ -73,7 +74,7 @@ def sweeps(methods: Sequence[Result]) -> Table:
             text = f"{value:g}: {'diverged' if loss is None else f'{loss:.3f}'}"
             tried.append(f"[bold]{text}[/bold]" if value == method["best"] else text)
         edge = "" if method["interior"] else "  (the best is on the edge)"
-        result.add_row(f"{method['label']} {method['key']}", "   ".join(tried) + edge)
+        result.add_row(escape(f"{method['label']} {method['key']}"), "   ".join(tried) + edge)
     return result
 
 
