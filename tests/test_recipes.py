@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_recipe_runs_three_steps(path: Path, text: Path, tmp_path: Path) -> None
         assert names == written
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_recipe_says_to_set_can_be_set(path: Path) -> None:
+    """The comments of the large ones tell how they run at toy size, without a network."""
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#   --set")]
+    for line in comments:
+        words = shlex.split(line)[1:]
+        assert load(path, [words[i + 1] for i, word in enumerate(words) if word == "--set"]).schedule.steps == 20
+
+
 def test_the_saved_recipe_is_the_recipe(text: Path, tmp_path: Path) -> None:
     recipe = toy(text, "schedule.warmup=1", "clip=0.5")
     train(recipe, tmp_path / "run", quiet=True)
@@ -125,6 +135,7 @@ WRONG = {
     "data={path: x}": ("data must say its name",),
     "data.batch=0": ("data.batch=0", "greater than 0"),
     "schedule.steps=many": ("schedule.steps='many'", "integer"),
+    "schedule.warmup=4": ("schedule: warmup=4 is longer than steps=3", "make it a part of them"),
     "schedule.name=cosin": ("schedule.name='cosin'", "'cosine'"),
     "model.heads=5": ("hidden_size=16 must be a multiple of 2 * heads=10",),
     "model.size=61m": ("model.size='61m'", "'60m'"),

@@ -181,6 +181,15 @@ class Schedule(Section):
     steps: int = Field(gt=0)
     min_ratio: float = Field(default=0.1, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _warm_before_the_end(self) -> Self:
+        if self.warmup > self.steps:
+            raise ValueError(
+                f"warmup={self.warmup} is longer than steps={self.steps}, so the full learning rate is never reached; "
+                "make it a part of them, such as a twentieth"
+            )
+        return self
+
 
 class Preparation(Section):
     """A run before this one, whose weights this one starts from: the recipe's own but for what is said here."""
