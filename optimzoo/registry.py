@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pkgutil
+from collections.abc import Collection
 
 from optimzoo import optimizers as package
 from optimzoo.core import AdamW, ZooOptimizer
@@ -22,7 +23,11 @@ def optimizers() -> dict[str, type[ZooOptimizer]]:
 
 def optimizer(name: str) -> type[ZooOptimizer]:
     """The class of that name; ValueError names the nearest one."""
-    known = optimizers()
+    return optimizers()[named(name, optimizers())]
+
+
+def named(name: str, known: Collection[str]) -> str:
+    """The known name that this is, SWAN as well as swan; ValueError names the nearest one."""
     if name.lower() not in known:
-        raise ValueError(f"there is no optimizer {name!r}{nearest(name.lower(), known)}")
-    return known[name.lower()]
+        raise ValueError(f"no optimizer is called {name!r}{nearest(name.lower(), known)}")
+    return name.lower()

@@ -41,7 +41,7 @@ def test_a_busy_machine_or_few_rounds_make_a_run_invalid():
 
 
 def test_every_step_of_every_candidate_is_measured_on_its_own_weights(recipe):
-    names = ["frugal:projection=rows,density=0.5", "adamw"]
+    names = ["FRUGAL:projection=rows,density=0.5", "AdamW"]
     against = ["torch.adamw", "torch.muon:products=float32"]
     found = steps.measure_steps(recipe, names, against, layers=1, rounds=2, warmup=1, device=CPU)
     assert list(found["rows"]) == [*against, *names]
@@ -50,7 +50,7 @@ def test_every_step_of_every_candidate_is_measured_on_its_own_weights(recipe):
         assert row["ratios"].keys() == set(against)
     rows = found["rows"]
     assert rows["torch.adamw"]["ratios"]["torch.adamw"] == 1
-    assert rows["adamw"]["state"] == rows["torch.adamw"]["state"] > rows["torch.muon:products=float32"]["state"]
+    assert rows["AdamW"]["state"] == rows["torch.adamw"]["state"] > rows["torch.muon:products=float32"]["state"]
     assert found["weights"] == 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16  # embeddings and head are frozen
     whole = steps.measure_steps(recipe, ["adamw"], [], layers=1, embeddings=True, rounds=1, device=CPU)
     assert whole["weights"] == found["weights"] + 2 * 16 * recipe.model.vocab
@@ -67,7 +67,7 @@ def test_muon_in_float32_steps_as_torch_does(recipe):
 
 
 def test_training_steps_say_where_time_goes(recipe):
-    names = ["torch.adamw", "wta-crs:ratio=0.5", "sst:rank=4", "sft:density=0.1"]
+    names = ["torch.adamw", "WTA-CRS:ratio=0.5", "SST:rank=4", "sft:density=0.1"]
     found = training.measure_training(recipe, names, layers=1, rounds=2, warmup=1, device=CPU)
     assert found["rows"]["torch.adamw"]["ratio"] == 1
     for row in found["rows"].values():
@@ -102,6 +102,7 @@ def test_tables_say_what_stands_in_brackets(capsys):
     ("text", "words"),
     [
         ("cosmo", "no optimizer is called 'cosmo'; did you mean 'cosmos'"),
+        ("Heavyball.Moun", "no optimizer is called 'Heavyball.Moun'; did you mean 'heavyball.muon'"),
         ("frugal:projektion=rows", "no option 'projektion'; did you mean 'projection'"),
         ("cosmos:rank=0", "rank=0 is out of range"),
         ("adamw:lr", "write options as name:key=value"),

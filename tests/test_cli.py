@@ -198,7 +198,7 @@ def test_labels_and_folders_in_brackets_are_shown(command, recipe: Path) -> None
 
 
 def test_wrong_input_is_one_sentence_and_exit_code_2(command, recipe: Path, tmp_path: Path) -> None:
-    assert "did you mean 'cosmos'?" in refused(command("show", "cosmo"))
+    assert "no optimizer is called 'COSMO'; did you mean 'cosmos'?" in refused(command("show", "COSMO"))
     assert "--shape 3,x" in refused(command("show", "cosmos", "--shape", "3,x"))
     assert "goes to adamw" in refused(command("show", "cosmos", "--shape", "7"))
     assert "did you mean 'toy.yaml'?" in refused(command("run", tmp_path / "tay.yaml"))

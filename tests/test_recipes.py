@@ -129,6 +129,7 @@ WRONG = {
     "model.hiden_size=3": ("unknown key 'model.hiden_size'", "did you mean 'hidden_size'?"),
     "data.pth=x": ("unknown key 'data.pth'", "did you mean 'path'?"),
     "optimizer.name=cosmo": ("no optimizer is called 'cosmo'", "did you mean 'cosmos'?"),
+    "optimizer={name: SWANN, lr: 1}": ("no optimizer is called 'SWANN'", "did you mean 'swan'?"),
     "optimizer={name: torch.adam, lr: 1}": ("'torch.adam'", "did you mean 'torch.adamw'?"),
     "optimizer={name: adamw}": ("optimizer.lr is missing",),
     "data={name: texts}": ("data.name='texts'", "did you mean 'text'?"),
@@ -145,6 +146,12 @@ WRONG = {
     "seeds=[0, 1, 0]": ("seeds: [0, 1, 0] names a seed twice; name each once",),
     "threads=100000000": ("threads=100000000", "less than or equal to 1024"),
 }
+
+
+@pytest.mark.parametrize("name", ["SWAN", "Torch.AdamW"])
+def test_names_of_optimizers_may_be_in_capitals(name: str, text: Path) -> None:
+    recipe, plain = (toy(text, optimizer=f"{{name: {one}, lr: 1e-2}}") for one in (name, name.lower()))
+    assert recipe == plain
 
 
 @pytest.mark.parametrize("change", WRONG)

@@ -59,7 +59,7 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{text}: write options as name:key=value,key=value")
         options[key.replace("-", "_")] = parse(value, text)
     try:
-        return name if name in PEERS else check_name(name), options
+        return check_name(name, PEERS), options
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -65,9 +65,9 @@ def measure_training(
 
 
 def _built(recipe: Recipe, label: str, device: torch.device) -> tuple[nn.Module, list[Optimizer]]:
-    name, _, rest = label.partition(":")
-    name, options = parsed(f"torch.adamw:{rest}" if name == "wta-crs" else label)
-    kind, match, told = LAYERS.get(label.partition(":")[0], ("", "", {}))
+    method, _, rest = label.partition(":")
+    name, options = parsed(f"torch.adamw:{rest}" if method.lower() == "wta-crs" else label)
+    kind, match, told = LAYERS.get(method.lower(), ("", "", {}))
     told = {key: options.pop(key, value) for key, value in told.items()}
     model = build_model(recipe, device)
     if kind and not recipe.modules:

@@ -1,23 +1,19 @@
 """A recipe's optimizer section becomes torch optimizers: a class of the zoo, or a baseline."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from optimzoo import registry
-from optimzoo.core.hyper import nearest
 from optimzoo.training.baselines import BASELINES, groups
 from optimzoo.training.errors import UserError
 
 
-def check_name(name: str) -> str:
-    """`name` when a recipe may use it; ValueError with the nearest known one otherwise."""
-    known = [*registry.optimizers(), *BASELINES]
-    if name not in known:
-        raise ValueError(f"no optimizer is called {name!r}{nearest(name, known)}")
-    return name
+def check_name(name: str, more: Iterable[str] = ()) -> str:
+    """`name` as the registries have it, or `more`; ValueError with the nearest known one otherwise."""
+    return registry.named(name, [*registry.optimizers(), *BASELINES, *more])
 
 
 def missing(name: str) -> str | None:
