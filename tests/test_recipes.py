@@ -210,6 +210,9 @@ def test_wrong_transformers_configs_are_refused(wrong: str, text: Path, tmp_path
 
 
 def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(UserError, match=r"x.yaml: No such file or directory$"):  # there are no others to name
+            load(place / "x.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: [\n")
     with pytest.raises(UserError, match=r"bad\.yaml, line 2: not valid YAML"):

@@ -178,7 +178,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise OSError(0, "it is no file")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        others = [p.name for p in path.parent.glob("*.yaml")]
+        near = nearest(path.name, others) if others else ""
         raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}{near}") from error
     values = parse(text, path.name)
     for override in overrides:
