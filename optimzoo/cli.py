@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -273,7 +274,10 @@ def fit(
     given = {"dtype": dtype, "batch": batch, "sequence": sequence, "accumulate": accumulate}
     with _one_sentence(training.UserError):
         recipe = _planned(training, words, model, given, release, changes)
-        memory, how = training.planning.bytes_of(gpu), {"checkpointing": checkpointing, "world_size": ranks}
+        memory = training.planning.bytes_of(gpu)
+        how: dict[str, Any] = {"checkpointing": checkpointing, "world_size": ranks}
+        if not as_json:
+            how["progress"] = partial(print, file=sys.stderr, flush=True)  # with --release it takes minutes
         result = training.planning.fits(recipe, memory, device=device, **how)
     if as_json:
         print(json.dumps(result.as_dict()))

@@ -167,15 +167,18 @@ def fit(
     *,
     batch: int = 1,
     optimizers: Mapping[str, Make] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
     **how: Any,
 ) -> Fit:
     """Which optimizers train the model within `memory` bytes, and with which batch at most.
 
     `batch_of`: batch size -> batch (called where tensors are fake only if it is called by the model). `optimizers`:
-    name -> make, by default `methods()`. `how`: the options of `plan`, for all of them. Methods that work on converted
-    layers appear where `convert` makes such layers.
+    name -> make, by default `methods()`. `progress` gets a line at first and for each that is planned. `how`: the
+    options of `plan`, for all of them. Methods that work on converted layers appear where `convert` makes such layers.
     """
     makes = methods() if optimizers is None else optimizers
+    makes = {n: make for n, make in makes.items() if "convert" in how or not getattr(make, "needs_model", False)}
+    progress(f"{len(makes)} optimizers to plan")
     forward: dict[int, int] = {}
 
     def peak_of(make: Make, alone: Plan | None, size: int) -> int:
@@ -190,9 +193,7 @@ def fit(
         forward[batch] = plan(model, None, batch_of(batch), **how).peak  # a model without a plan is told here
     rows: list[Row] = []
     notes: tuple[str, ...] = ()
-    for name, make in makes.items():
-        if getattr(make, "needs_model", False) and "convert" not in how:
-            continue
+    for place, (name, make) in enumerate(makes.items(), 1):
         try:
             alone = plan(model, make, None, **how)
             known = None if how.get("release") else alone
@@ -204,6 +205,8 @@ def fit(
             if getattr(make, "needs_model", False):
                 continue  # the conversion made no layers for it
             rows.append(Row(name, refused=str(error)))
+        needs = "no plan" if rows[-1].peak is None else human(rows[-1].peak)
+        progress(f"{place}/{len(makes)} {name}: {needs}")
     rows.sort(key=lambda row: (row.peak is None, row.peak or 0, row.name))
     return Fit(memory, batch, tuple(rows), notes)
 

@@ -132,8 +132,8 @@ def test_peers_are_measured_where_they_are_installed(recipe, name):
 def bench(capsys, monkeypatch, tmp_path):
     """`optimzoo bench` with these words: (exit code, standard output, standard error)."""
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["optimzoo", "bench", *words, "--rounds", "2", "--threads", "1"])
+    def call(*words: str, rounds: int = 2) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["optimzoo", "bench", *words, "--rounds", str(rounds), "--threads", "1"])
         with pytest.raises(SystemExit) as stop:
             main()
         return stop.value.code, *capsys.readouterr()
@@ -152,13 +152,20 @@ def toy(tmp_path) -> str:
 
 
 def test_command(bench, toy):
-    words = ["adamw", "--model", toy, "--against", "torch.adamw", "--layers", "1,2"]
-    for extra in ([], ["--json"]):
-        code, printed, _ = bench(*words, *extra)
+    for words, measured in (
+        (["adamw", "--training"], 1),
+        (["adamw", "--against", "torch.adamw"], 2),
+        (["adamw", "--against", "torch.adamw", "--json"], 0),
+    ):
+        code, printed, told = bench(*words, "--model", toy, "--layers", "1,2", rounds=20)
         assert code == 0
+        start, *lines = told.splitlines() or [""]
+        assert start == (f"{measured} candidates x 20 rounds, at 2 depths" if measured else "")
+        assert sum(line.startswith("adamw: first step ") for line in lines) == (2 if measured else 0)
+        assert [line for line in lines if "round" in line] == [f"round {n} of 40" for n in range(4, 41, 4) if measured]
     result = json.loads(printed)
     assert [one["layers"] for one in result["measured"]] == [1, 2]
-    assert "2 rounds" in result["measured"][0]["invalid"] or "p50/p20" in result["measured"][0]["invalid"]
+    assert "20 rounds" in result["measured"][0]["invalid"] or "p50/p20" in result["measured"][0]["invalid"]
     assert result["threads"] == 1
 
 

@@ -383,6 +383,11 @@ def test_plan_of_a_recipe(command, tmp_path: Path) -> None:  # noqa: F811
     assert (code, json.loads(out)["cosmos"]["gradients"]) == (0, 4 * 256 * 64)
 
 
+def planned() -> list[str]:
+    """What `fit` plans where no layers are converted."""
+    return [name for name, make in planning.methods().items() if not getattr(make, "needs_model", False)]
+
+
 def test_plan_and_fit_of_a_configuration(command, tmp_path: Path) -> None:  # noqa: F811
     config = tmp_path / "config.json"
     llama().config.save_pretrained(tmp_path)
@@ -392,7 +397,11 @@ def test_plan_and_fit_of_a_configuration(command, tmp_path: Path) -> None:  # no
     (plan,) = json.loads(out).values()
     assert plan["parameters"] == 2 * sum(p.numel() for p in llama().parameters())
     assert {"index", "first moment"} <= set(plan["state_by_kind"])
-    code, out, _ = command("fit", "--gpu", "24GiB", *words, "--json")
+    code, out, told = command("fit", "--gpu", "24GiB", *words, "--json")
+    assert told == ""
+    start, *lines = command("fit", "--gpu", "24GiB", *words)[2].splitlines()
+    assert start == f"{len(lines)} optimizers to plan"
+    assert [line.split(": ")[0] for line in lines] == [f"{i}/{len(lines)} {n}" for i, n in enumerate(planned(), 1)]
     rows = {row["name"]: row for row in json.loads(out)["rows"]}
     assert code == 0
     assert rows["frugal"]["batch"] > 100

@@ -47,7 +47,7 @@ def run(wanted: Wanted, quiet: bool) -> dict[str, Any]:
     depths = _depths(wanted, recipe)
     torch.set_num_threads(wanted.threads or before)
     try:
-        with _bar(wanted.rounds * len(depths), quiet) as tick:
+        with _bar(wanted, len(depths), quiet) as tick:
             found = [_measure(wanted, recipe, layers, device, tick) for layers in depths]
             surroundings = _surroundings(device)
     finally:
@@ -70,13 +70,12 @@ def show(result: dict[str, Any], out: Console) -> None:
 
 
 def _measure(
-    wanted: Wanted, recipe: Recipe, layers: int | None, device: torch.device, tick: Callable[[], None]
+    wanted: Wanted, recipe: Recipe, layers: int | None, device: torch.device, tick: Callable[[str], None]
 ) -> dict[str, Any]:
     how: dict[str, Any] = {"rounds": wanted.rounds, "warmup": wanted.warmup, "device": device, "progress": tick}
+    names, against = _candidates(wanted)
     if wanted.training:
-        return training.measure_training(recipe, wanted.optimizers or training.DEFAULTS, layers=layers, **how)
-    names = wanted.optimizers or candidates.DEFAULTS
-    against = wanted.against or candidates.AGAINST
+        return training.measure_training(recipe, names, layers=layers, **how)
     return steps.measure_steps(recipe, names, against, layers=layers, embeddings=wanted.embeddings, **how)
 
 
@@ -87,6 +86,13 @@ def _check(wanted: Wanted) -> None:
             mend = "leave --training out" if wanted.training else "add --training"
             kind = "the optimizer's step alone" if wanted.training else "whole training steps"
             raise UserError(f"--{name} is for measurements of {kind}: {mend}")
+
+
+def _candidates(wanted: Wanted) -> tuple[Sequence[str], Sequence[str]]:
+    """What is measured, and the yardsticks beside it."""
+    if wanted.training:
+        return wanted.optimizers or training.DEFAULTS, ()
+    return wanted.optimizers or candidates.DEFAULTS, wanted.against or candidates.AGAINST
 
 
 def _recipe(wanted: Wanted) -> Recipe:
@@ -125,7 +131,25 @@ def _surroundings(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def _bar(total: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
-        task = progress.add_task("rounds", total=total)
-        yield lambda: progress.advance(task)
+def _bar(wanted: Wanted, depths: int, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """What is told of each candidate and, with "", each round: a bar or, where nobody watches one, lines."""
+    console, total, done = Console(stderr=True), wanted.rounds * depths, 0
+    if quiet:
+        yield lambda line: None
+    elif console.is_terminal:
+        with Progress(console=console) as progress:
+            task = progress.add_task("rounds", total=total)
+            yield lambda line: progress.advance(task, not line)
+    else:
+
+        def tell(line: str) -> None:
+            nonlocal done
+            done += not line
+            if line or 10 * done // total > 10 * (done - 1) // total:
+                print(line or f"round {done} of {total}", file=sys.stderr, flush=True)
+
+        at = f", at {depths} depths" if depths > 1 else ""
+        tell(
+            f"{len({label for part in _candidates(wanted) for label in part})} candidates x {wanted.rounds} rounds{at}"
+        )
+        yield tell

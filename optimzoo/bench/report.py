@@ -31,7 +31,13 @@ def table(found: dict[str, Any]) -> Table:
         ratios = [f"{row['ratios'][yard]:.2f}" for yard in yardsticks]
         first, steady = f"{row['first'] / row['p20']:.1f}", f"{row['spread']:.2f}"
         result.add_row(
-            escape(label), f"{1e3 * row['p20']:.2f}", *ratios, steady, first, human(row["state"]), human(row["workspace"])
+            escape(label),
+            f"{1e3 * row['p20']:.2f}",
+            *ratios,
+            steady,
+            first,
+            human(row["state"]),
+            human(row["workspace"]),
         )
     return result
 

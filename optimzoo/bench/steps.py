@@ -12,6 +12,7 @@ from optimzoo.memory import Workspace, ledger
 from optimzoo.memory.workspace import measure
 from optimzoo.training.errors import UserError
 from optimzoo.training.recipe import Recipe
+from optimzoo.training.report import duration
 from optimzoo.training.surroundings import now
 
 
@@ -25,12 +26,13 @@ def measure_steps(
     rounds: int = 50,
     warmup: int = 3,
     device: torch.device,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Times in seconds, bytes, and ratios of 20th percentiles to every yardstick, as plain data.
 
     A candidate that cannot be built here whatever its options (its package is missing, say) has an "error" in place of
-    figures; names and options that are wrong are refused before anything is measured.
+    figures; names and options that are wrong are refused before anything is measured. `progress` gets a line for each
+    candidate that has stepped, and "" after each round.
     """
     labels = list(dict.fromkeys((*against, *names)))
     for label in labels:
@@ -50,6 +52,7 @@ def measure_steps(
         raise UserError("; ".join(row["error"] for row in rows.values()))
     for label, optimizers in built.items():
         rows[label] = {"first": sum(_step(optimizers, device))}
+        progress(f"{label}: first step {duration(rows[label]['first'])}")
     for optimizers in built.values():
         for _ in range(warmup):
             _step(optimizers, device)

@@ -41,18 +41,19 @@ def summary(seconds: list[float]) -> Timing:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], list[float]]], rounds: int, progress: Callable[[], None] = lambda: None
+    actions: Mapping[str, Callable[[], list[float]]], rounds: int, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[list[float]]]:
     """Run every action once a round; label -> for each of the times that the action returns, its rounds.
 
-    Each round has an order of its own: what ran just before leaves its mark on caches and clocks.
+    Each round has an order of its own: what ran just before leaves its mark on caches and clocks. `progress` is called
+    after each.
     """
     found: dict[str, list[list[float]]] = {label: [] for label in actions}
     draw = random.Random(0)
     for _ in range(rounds):
         for label in draw.sample(list(actions), len(actions)):
             found[label].append(actions[label]())
-        progress()
+        progress("")
     return {label: [list(part) for part in zip(*times, strict=True)] for label, times in found.items()}
 
 

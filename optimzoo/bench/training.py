@@ -12,6 +12,7 @@ from optimzoo.bench import timing
 from optimzoo.bench.candidates import built, parsed
 from optimzoo.training.model import build_model, convert, loss_of
 from optimzoo.training.recipe import Recipe
+from optimzoo.training.report import duration
 from optimzoo.training.sections import Conversion
 from optimzoo.training.surroundings import now
 
@@ -35,18 +36,22 @@ def measure_training(
     rounds: int = 50,
     warmup: int = 3,
     device: torch.device,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Seconds of a step and of its parts, as plain data; ratios are to the first name.
 
-    "wta-crs" is torch's AdamW on sampled layers. Batch and sequence are the recipe's; tokens are random.
+    "wta-crs" is torch's AdamW on sampled layers. Batch and sequence are the recipe's; tokens are random. `progress` is
+    that of `measure_steps`.
     """
     if layers is not None:
         recipe = recipe.replace({"model.layers": layers})
     tokens = torch.randint(0, 64, (recipe.data.batch, recipe.data.sequence + 1), generator=torch.Generator())
     tokens = tokens.to(device)
     actions = {label: _action(*_built(recipe, label, device), tokens, device) for label in dict.fromkeys(names)}
-    first = {label: sum(action()) for label, action in actions.items()}
+    first = {}
+    for label, action in actions.items():
+        first[label] = sum(action())
+        progress(f"{label}: first step {duration(first[label])}")
     for action in actions.values():
         for _ in range(warmup):
             action()
