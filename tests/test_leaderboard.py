@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from wandb.sdk.wandb_run import Run
 
 import optimzoo
-from optimzoo.training import UserError, compare, page
+from optimzoo.training import UserError, compare, page, report
 from optimzoo.training.claims import judge
 from optimzoo.training.sections import Claim
 from tests.test_recipes import text as text  # a fixture
@@ -135,25 +135,93 @@ def test_the_table_ranks_and_says_what_is_open() -> None:
     assert page.lines([graded])[1][4] == "0.625 (spread 0.250)"
 
 
-def test_names_in_the_pareto_picture_stand_apart(tmp_path: Path) -> None:
-    """Eight methods nearly on one spot: every name is drawn, no two on each other; bytes of zero have a place too."""
+# Four dots on each other, a crowd beside them and some with room: state in MiB and loss, as a leaderboard had them.
+CROWD = [(1.7, 1.59), (1.69, 1.586), (1.73, 1.585), (1.73, 1.565), (2.0, 1.627), (2.23, 1.651), (2.45, 1.652)]
+CROWD += [(2.46, 1.52), (3.75, 1.628), (6.54, 1.586), (0.51, 1.41), (1.73, 1.348), (4.83, 1.348), (3.5, 1.411)]
+SPOT = [(1 + i / 16, 2 + i / 50) for i in range(8)]
+
+
+@pytest.mark.parametrize("places", [CROWD, SPOT, SPOT[:2], [(1.0, 2.0)] * 24], ids=["crowd", "spot", "two", "one"])
+def test_names_in_the_pareto_picture_are_beside_their_dots(places: list[tuple[float, float]], tmp_path: Path) -> None:
+    """Or a line leads there. No name lies on another or on a dot; bytes of zero have a place; every dot looks its own.
+
+    24 methods on one dot have no places of their own, but names still stand apart.
+    """
+    from matplotlib.axes import Axes
+    from matplotlib.text import Text
+
+    rows = [row(f"method {i}", loss, loss + 0.01, state=int(2**20 * held)) for i, (held, loss) in enumerate(places)]
+    nothing = [row("nothing", 3.0, 3.1, state=0)] if places is SPOT else []
+    names, dots, looks = {}, {}, set()
+    annotate, plot = Axes.annotate, Axes.plot
+
+    def annotated(axes: Axes, name: str, *args: Any, **kwargs: Any) -> Any:
+        names[name] = annotate(axes, name, *args, **kwargs)
+        return names[name]
+
+    def plotted(axes: Axes, *args: Any, **kwargs: Any) -> Any:
+        if "marker" in kwargs:
+            dots[len(dots)] = (axes, args)
+            looks.add((kwargs["color"], kwargs["marker"]))
+        return plot(axes, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "annotate", annotated)
+        patch.setattr(Axes, "plot", plotted)
+        page.draw_pareto([*rows, *nothing, row("gone", None)], tmp_path / "pareto.png")
+    shown = [method["label"] for method in page.ranked([*rows, *nothing])]
+    assert set(names) == set(shown)
+    assert len(looks) == len(dots) == len(shown)
+    spots = [axes.transData.transform(place) for axes, place in dots.values()]
+    boxes = [Text.get_window_extent(names[label]) for label in shown]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for i, (label, box) in enumerate(zip(shown, boxes, strict=True)):
+        assert not any(box.contains(*spot) for spot in spots)
+        apart = [abs(spot - spot.clip(box.min, box.max)).max() for spot in spots]
+        assert names[label].arrow_patch or apart[i] == min(apart), label
+    assert imread(tmp_path / "pareto.png").std() > 0.05
+
+
+def test_names_are_dark_enough_to_read() -> None:
+    from matplotlib.colors import to_rgb
+
+    assert len(set(report.styles(24))) == 24
+    assert report.ink("#000000") == (0, 0, 0)
+    assert sum(report.ink("#F0E442")) < 0.55 * sum(to_rgb("#F0E442"))
+
+
+def test_a_kind_of_memory_looks_the_same_in_every_picture(tmp_path: Path) -> None:
+    """Whatever is drawn beside it; and no bar reaches the frame."""
     from matplotlib.axes import Axes
 
-    boxes = {}
-    real = Axes.annotate
+    def drawn(*methods: dict[str, int]) -> dict[str, tuple]:
+        looks: dict[str, tuple] = {}
+        barh = Axes.barh
 
-    def annotate(axes: Axes, name: str, *args: Any, **kwargs: Any) -> Any:
-        boxes[name] = real(axes, name, *args, **kwargs)
-        return boxes[name]
+        def bar(axes: Axes, line: int, width: float, height: float, left: float, **kwargs: Any) -> Any:
+            if kwargs["label"]:
+                looks[kwargs["label"]] = (kwargs["color"], kwargs["hatch"])
+            made = barh(axes, line, width, height, left, **kwargs)
+            ends.append((axes, left + width))
+            return made
 
-    rows = [row(f"method {i}", 2.0 + i / 50, 2.01 + i / 50, state=2**20 + i * 2**16) for i in range(8)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Axes, "annotate", annotate)
-        page.draw_pareto([*rows, row("nothing", 3.0, 3.1, state=0), row("gone", None)], tmp_path / "pareto.png")
-    assert set(boxes) == {row["label"] for row in rows} | {"nothing"}
-    places = [name.get_window_extent() for name in boxes.values()]
-    assert not any(a.overlaps(b) for i, a in enumerate(places) for b in places[:i])
-    assert imread(tmp_path / "pareto.png").std() > 0.05
+        ends: list[tuple[Axes, float]] = []
+        rows = [row(str(i), 1.0) for i in range(len(methods))]
+        for one, kinds in zip(rows, methods, strict=True):
+            one["bytes"] |= {"state_by_kind": kinds, "state": sum(kinds.values()), "workspace": 4}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Axes, "barh", bar)
+            report.draw_memory(rows, tmp_path / "memory.png")
+        axes = ends[0][0]
+        assert axes.get_xlim()[1] > 1.1 * max(end for _, end in ends)
+        assert axes.get_ylim()[0] > len(methods) - 0.6
+        return looks
+
+    cosmos = {"first moment": 2**20, "basis": 2**19, "gram": 2**18, "second moment": 2**20}
+    adamw = {"first moment": 2**20, "second moment": 2**20}
+    alone, beside = drawn(cosmos), drawn(adamw, cosmos, {"scale": 2**20, "age": 2**19})
+    assert alone.items() <= beside.items()
+    assert len(set(beside.values())) == len(beside)
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -55,8 +55,8 @@ class SST(AdamW, LayerOptimizer):
     later than the first, so that no step has to decompose them all. A round takes resample_every * ceil(k / r) steps,
     and a run should have five of them at least. Decay of `s` is decay of the weight; vectors have none. The schedule is
     that of the first group. Under several processes all hold one model, and the first one's decompositions are
-    everybody's; DistributedDataParallel need not send frozen vectors at every forward (forward_sync_buffers=False, before
-    torch 2.13 broadcast_buffers=False).
+    everybody's; DistributedDataParallel need not send frozen vectors at every forward: forward_sync_buffers=False, or
+    before torch 2.13 broadcast_buffers=False.
     """
 
     resample_every: int = hyper(200, ge=1, doc="steps for which a draw of vectors is trained")

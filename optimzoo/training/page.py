@@ -1,6 +1,7 @@
 """The page that a comparison leaves: a line a method, on a terminal and in Markdown, and loss against bytes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from optimzoo.memory.ledger import human
-from optimzoo.training.report import COLOURS, accuracy_text, duration, figure, save
+from optimzoo.training.labels import label
+from optimzoo.training.report import accuracy_text, duration, figure, ink, save, styles
 
 Method = Mapping[str, Any]
 
@@ -94,9 +96,12 @@ def draw_pareto(methods: Sequence[Method], path: Path) -> None:
     drawing, axes = figure(5.5)
     least = min((held for method in shown if (held := method["bytes"]["state"])), default=2) / 2  # the place of zero
     points = [(max(method["bytes"]["state"], least) / 2**20, method["validation_loss"]) for method in shown]
-    for method, (held, loss), colour in zip(shown, points, COLOURS * len(shown), strict=False):
+    bars, edge = [], {"markeredgecolor": "white", "markeredgewidth": 0.6}  # dots on each other are told apart
+    for method, (held, loss), (colour, marker) in zip(shown, points, styles(len(shown)), strict=True):
         low, high = min(method["losses"]), max(method["losses"])
-        axes.errorbar(held, loss, [[loss - low], [high - loss]], color=colour, marker="o", capsize=2, linewidth=1)
+        axes.errorbar(held, loss, [[loss - low], [high - loss]], color=colour, capsize=2, linewidth=1)
+        axes.plot(held, loss, color=colour, marker=marker, markersize=7, **edge)
+        bars.append(((held, low), (held, high)))
     best: list[tuple[float, float]] = []
     for held, loss in points:  # by rising loss: a point belongs to the front when it holds less than all before it
         if not best or held < best[-1][0]:
@@ -104,31 +109,17 @@ def draw_pareto(methods: Sequence[Method], path: Path) -> None:
     if best:
         axes.plot(*zip(*best, strict=True), color="#888888", linewidth=1, linestyle="--", zorder=0)
     sizes = [held for held, _ in points]
+    axes.margins(x=0.15, y=0.08)
     if sizes and max(sizes) > 4 * min(sizes):  # a narrower axis would have no numbers
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.margins(x=0.15, y=0.08)
-    axes.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats a token)")
+    else:
+        axes.set_xlim(0, 1.15 * max(sizes, default=1))
+    axes.set(xlabel="optimizer state (MiB)", ylabel="validation loss (nats a token), not from 0")
     swept = any("best" in method for method in methods)
     axes.set_title("loss against bytes" + swept * ", each at its best learning rate", loc="left", fontsize=10)
     axes.grid(alpha=0.25)
-    _label(drawing, axes, [(method["label"], point) for method, point in zip(shown, points, strict=True)])
+    colours = [ink(colour) for colour, _ in styles(len(shown))]
+    named = [(method["label"], *rest) for method, *rest in zip(shown, points, colours, strict=True)]
+    label(drawing, axes, named, [*bars, *pairwise(best)])
     save(drawing, path)
-
-
-def _label(drawing: Any, axes: Any, points: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Names beside their points, each at the first of eight places where it covers neither a point nor a name."""
-    drawing.draw_without_rendering()
-    at = [axes.transData.transform(point) for _, point in points]
-    taken: list[Any] = []
-    for name, point in points:
-        for x, y in ((6, 3), (6, -9), (-6, 3), (-6, -9), (6, 12), (-6, 12), (6, -18), (-6, -18)):
-            text = axes.annotate(
-                name, point, (x, y), textcoords="offset points", ha="left" if x > 0 else "right", fontsize=8
-            )
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*place) for place in at):
-                break
-            if (x, y) != (-6, -18):
-                text.remove()
-        taken.append(box)

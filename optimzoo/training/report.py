@@ -7,13 +7,34 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from optimzoo.memory import KINDS
 from optimzoo.memory.ledger import human
 from optimzoo.training.folder import Folder, write
 
 Result = Mapping[str, Any]
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 WEIGHTS, WORKSPACE = "#BBBBBB", "#FFFFFF"
+# A kind of memory looks the same in every picture.
+KIND = {kind: (COLOURS[i % 8], ("", "....", "xxxx")[i // 8]) for i, kind in enumerate(KINDS)}
+
+
+def styles(count: int) -> list[tuple[str, str]]:
+    """As many colours with markers, the first 48 of which differ."""
+    return [(COLOURS[i % 8], MARKERS[i // 8 % len(MARKERS)]) for i in range(count)]
+
+
+def ink(colour: str) -> tuple[float, ...]:
+    """The colour, darkened until small letters of it can be read on white (4.5 to 1, as WCAG asks)."""
+    from matplotlib.colors import to_rgb
+
+    rgb: tuple[float, ...] = to_rgb(colour)
+    while True:
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb]
+        if 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05) >= 4.5:
+            return rgb
+        rgb = tuple(0.95 * v for v in rgb)
 
 
 def duration(seconds: float | None) -> str:
@@ -82,7 +103,7 @@ def draw_loss(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
     """Training loss (smoothed, thin) and validation loss (dots) of every method's runs."""
     drawing, axes = figure(4.5)
     lowest, highest = float("inf"), 0.0
-    for (label, folders), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+    for (label, folders), (colour, marker) in zip(runs.items(), styles(len(runs)), strict=True):
         for index, folder in enumerate(folders):
             rows = [row for row in Folder(folder).rows() if row["loss"] is not None]
             if not rows:
@@ -92,7 +113,7 @@ def draw_loss(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
             held_out = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
             name = label if index == 0 else None
             if held_out:
-                axes.plot(*zip(*held_out, strict=True), color=colour, marker="o", markersize=4, label=name)
+                axes.plot(*zip(*held_out, strict=True), color=colour, marker=marker, markersize=4, label=name)
             lowest, highest = min(lowest, *smooth), max(highest, smooth[min(len(smooth) - 1, 20)])
     if highest > lowest:
         axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
@@ -109,26 +130,25 @@ def draw_memory(methods: Sequence[Result], path: Path) -> None:
     drawing, axes = figure(1.6 + 0.6 * len(methods))
     visible = max(method["bytes"]["weights"] for method in methods) / 1000  # counters would be lines in the legend only
     held = [method["bytes"]["state_by_kind"] for method in methods]
-    kinds = list(dict.fromkeys(kind for one in held for kind, nbytes in one.items() if nbytes > visible))
-    colours = dict(zip(kinds, COLOURS * (len(kinds) // len(COLOURS) + 1), strict=False))
+    kinds = [kind for kind in KIND if any(one.get(kind, 0) > visible for one in held)]
+    longest = 0.0
     for line, method in enumerate(methods):
         held = method["bytes"]
         parts = [("weights", held["weights"], WEIGHTS, "")]
-        parts += [(kind, held["state_by_kind"].get(kind, 0), colours[kind], "") for kind in kinds]
+        parts += [(kind, held["state_by_kind"].get(kind, 0), *KIND[kind]) for kind in kinds]
         parts += [("workspace of a step", held["workspace"] or 0, WORKSPACE, "////")]
         left = 0.0
         for name, nbytes, colour, hatch in parts:
             width = nbytes / 2**20
-            edge = "#555555" if hatch else "white"
+            edge = "#555555" if colour == WORKSPACE else "white"
             axes.barh(
                 line, width, 0.62, left, color=colour, hatch=hatch, edgecolor=edge, label=name if line == 0 else None
             )
             left += width
+        longest = max(longest, left)
         axes.annotate(f"  state {human(held['state'])}", (left, line), va="center", fontsize=9)
     axes.set_yticks(range(len(methods)), [method["label"] for method in methods])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, 1.2 * longest), ylim=(len(methods) - 0.5, -0.5))  # room for the words, and around the bars
     axes.set_xlabel("MiB")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     save(drawing, path)
