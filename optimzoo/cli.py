@@ -129,7 +129,8 @@ def run(
     training = _training()
     place = folder or Path("runs") / recipe.stem
     with _stoppable("--resume goes on from the last checkpoint"), _one_sentence(training.UserError):
-        result = training.train(training.load(recipe, changes or ()), place, resume=resume, quiet=as_json)
+        loaded = training.load(recipe, changes or ())
+        result = training.train(loaded, place, resume=resume, quiet=as_json)
     if os.environ.get("RANK", "0") != "0":
         return  # torchrun's other processes
     if as_json:
@@ -137,6 +138,8 @@ def run(
         return
     out.print(training.report.table([result], f"{place}: {result['steps']} steps, {result['tokens']:,} tokens"))
     _files(place, "loss.png", "memory.png")
+    if others := len(loaded.compare):
+        print(f"note: none of its {others} entries to compare was run; optimzoo compare {recipe} does", file=sys.stderr)
 
 
 @app.command()

@@ -172,6 +172,21 @@ def test_who_stops_it_is_told_how_to_go_on(
     assert command(*words, recipe) == (130, "", advice)
 
 
+def test_a_run_and_a_comparison_keep_out_of_each_others_folders(command, recipe: Path, tmp_path: Path) -> None:
+    err = command("run", recipe)[2]
+    assert err.endswith(f"note: none of its 2 entries to compare was run; optimzoo compare {recipe} does\n")
+    picture = (tmp_path / "runs" / "toy" / "loss.png").read_bytes()
+    assert "toy holds a single run" in refused(command("compare", recipe))
+    assert (tmp_path / "runs" / "toy" / "loss.png").read_bytes() == picture
+    assert command("compare", recipe, "--out", "all")[0] == 0
+    for how in ((), ("--resume",)):
+        assert "all holds a comparison" in refused(command("run", recipe, "--out", "all", *how))
+    assert command("compare", recipe, "--out", "all")[0] == 0
+    (tmp_path / "runs" / "toy" / "comparison.json").write_text("{}")  # as versions before left both in one folder
+    assert command("compare", recipe)[0] == 0
+    assert command("run", recipe, "--resume", "--set", "compare=[]")[2] == ""
+
+
 def test_json_prints_nothing_else(command, recipe: Path) -> None:
     code, out, err = command("compare", recipe, "--json", "--out", "all")
     assert (code, err) == (0, "")

@@ -40,7 +40,9 @@ def compare(
     recipe's claims with verdicts, `comparison.json`, the same for a README in `comparison.md` (where `command` is said
     to have made it), and three pictures. What one entry gets wrong is told, after `source`, before any of them runs.
     """
-    out = Path(folder)
+    out, home = Path(folder), Folder(Path(folder))
+    if home.begun() and not home.comparison.exists():
+        raise UserError(f"{out} holds a single run, whose pictures would be replaced; choose another --out")
     code()  # before anybody changes the sources that this process has loaded
     seeds = recipe.seeds or (recipe.seed,)
     entries = recipe.entries()
@@ -84,7 +86,7 @@ def _check(label: str, runs: Sequence[Recipe], out: Path) -> None:
 def _publish(recipe: Recipe, result: Result, runs: dict[str, list[Path]], out: Path, command: str) -> None:
     """The files of the page, and where the recipe asks for it the same in wandb."""
     methods = result["methods"]
-    write_json(out / "comparison.json", result)
+    write_json(Folder(out).comparison, result)
     write_text(out / "comparison.md", page.markdown(result, command))
     report.draw_loss({_label(method): runs[method["label"]] for method in methods}, out / "loss.png")
     report.draw_memory(methods, out / "memory.png")

@@ -66,15 +66,18 @@ class Folder:
         self.metrics = path / "metrics.jsonl"
         self.result = path / "result.json"
         self.recipe = path / "recipe.yaml"
+        self.comparison = path / "comparison.json"  # of a folder that holds runs instead of being one's
         self.delta = path / "delta.safetensors"
         self.pictures = (path / "loss.png", path / "memory.png")
 
     def open(self, recipe: Recipe, resume: bool) -> None:
         """Make the folder a home for `recipe`: a new one, or with `resume` the one that already is."""
-        if self.recipe.exists() and self._begun():
+        if self.recipe.exists() and self.begun():
             if not resume:
                 raise UserError(f"{self.path} already holds a run; go on with --resume, or choose another --out")
             self._same(recipe)
+        elif self.comparison.exists():
+            raise UserError(f"{self.path} holds a comparison, whose pictures would be replaced; choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,7 +85,7 @@ class Folder:
         header = f"# A resolved recipe: optimzoo run {self.recipe.name} --out {self.path.name} --resume\n"
         write_text(self.recipe, header + yaml.safe_dump(recipe.run(), sort_keys=False))
 
-    def _begun(self) -> bool:
+    def begun(self) -> bool:
         """Whether there is something to go on with: a run refused before its first update has left its recipe only."""
         rows = self.metrics.exists() and self.metrics.stat().st_size > 0
         return rows or self.checkpoint.exists() or self.result.exists()
