@@ -64,6 +64,14 @@ def test_is_committed_clean(path):
     assert not any(cell.metadata for cell in cells)
 
 
+def test_the_commands_that_will_it_fit_names_save_what_its_plans_do():
+    """Without a release nothing fits, so a command without one would answer another question; it takes minutes."""
+    (text,) = (cell.source for cell in read(FOLDER / "will_it_fit.ipynb").cells if "optimzoo fit" in cell.source)
+    commands = [line for line in text.splitlines() if line.startswith("optimzoo ")]
+    assert [line.split()[1] for line in commands] == ["plan", "fit"]
+    assert all({"--checkpointing", "--release"} <= set(line.split()) for line in commands)
+
+
 def test_a_failing_cell_and_a_warning_are_seen(kernel_environment):
     """The two things that the tests above look for, in a notebook that does both."""
     cells = ["import warnings\nwarnings.warn('careful')", "assert 1 == 2, 'on purpose'", "print('never reached')"]
