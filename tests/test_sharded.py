@@ -88,7 +88,7 @@ def assert_same(alone, opt, together, twin) -> None:
 
 
 OPTIONS: dict[str, list[dict]] = {
-    "adamw": [{"weight_decay": 0.1}, {"maximize": True}],
+    "adamw": [{"weight_decay": 0.1}, {"maximize": True, "engine": "compiled"}],
     "frugal": [
         *({"projection": projection} for projection in ("rows", "randk", "svd", "random", "block")),
         {"state_full": "lion"},
@@ -96,29 +96,37 @@ OPTIONS: dict[str, list[dict]] = {
         {"density": 0.0},
         {"density": 1.0, "state_full": "lion"},
     ],
-    "cosmos": [{"rank": 4}, {"nesterov": False}],
-    "sm3": [{"momentum": 0.9}],
+    "cosmos": [{"rank": 4}, {"nesterov": False, "engine": "compiled"}],
+    "sm3": [{"momentum": 0.9, "engine": "compiled"}],
     "swan": [{"backend": "exact"}],
 }
+# "compiled" is the twin's alone: graphs and kernels are for what one process has alone, so shards take the eager way.
 NARROW = [
-    {"state_dtype": "bfloat16", "rounding": "stochastic"},
+    {"state_dtype": "bfloat16", "rounding": "stochastic", "engine": "compiled"},
     {"state_dtype": "int8", "rounding": "error"},
     {"state_dtype": "int8", "rounding": "stochastic"},
 ]
 
 
 def pair(name: str, dtype: torch.dtype = torch.float32, **options):
-    """One class on a whole and on a sharded model."""
+    """One class on a whole and on a sharded model; `engine` is the sharded one's."""
     shards.SMALL = storage.SMALL = 32
-    options = short_options(PLAIN[name]) | {"lr": 1e-2} | options
+    engine = options.pop("engine", "auto")
+    options = soon(PLAIN[name]) | {"lr": 1e-2} | options
     alone, together = odd(dtype), sharded(odd(dtype))
-    return alone, PLAIN[name](alone, **options), together, PLAIN[name](together, **options)
+    return alone, PLAIN[name](alone, **options), together, PLAIN[name](together, engine=engine, **options)
+
+
+def soon(cls) -> dict:
+    """Schedules that turn at every second step: steps 0 to 2 reach into a second period, steps 3 and 4 into a third."""
+    options = short_options(cls)
+    return options | {name: 2 for name, gap in options.items() if name == "update_gap"}
 
 
 def same_as_one_process(folder: Path, *, name: str, options: dict, dtype: torch.dtype = torch.float32) -> None:
     alone, opt, together, twin = pair(name, dtype, **options)
     planned = twin.memory().total
-    for step in range(4):
+    for step in range(3):
         hand_over(alone, together, step)
         kept = [q.grad.to_local().clone() for q in together.parameters()]
         opt.step()
@@ -132,18 +140,6 @@ def same_as_one_process(folder: Path, *, name: str, options: dict, dtype: torch.
         assert book.total == planned
     if dist.get_world_size() == 4 and planned > 1000:
         assert book.total < 0.6 * opt.memory().total, "state is not spread"
-
-
-def engines(folder: Path, *, name: str) -> None:
-    """Graphs are for what one process has alone: shards take the eager way, with the draws of their own rows."""
-    alone, opt, together, twin = pair(name, torch.bfloat16, state_dtype="bfloat16", rounding="stochastic")
-    for group in twin.param_groups:
-        group["engine"] = "compiled"
-    for step in range(3):
-        hand_over(alone, together, step)
-        opt.step()
-        twin.step()
-    assert_same(alone, opt, together, twin)
 
 
 def bad_gradients(folder: Path, *, name: str) -> None:
@@ -333,10 +329,10 @@ MOVING = {
 
 
 def saved(folder: Path, *, label: str) -> None:
-    """After four steps, in a period that is not the first: nested and flattened."""
+    """After three steps, in a period that is not the first: nested and flattened."""
     name, options = MOVING[label]
     alone, _, together, twin = pair(name, **options)
-    for step in range(4):
+    for step in range(3):
         hand_over(alone, together, step)
         twin.step()
     for flat in (False, True):
@@ -352,39 +348,38 @@ def saved(folder: Path, *, label: str) -> None:
         dcp.save(state, checkpoint_id=folder / f"{label}-{flat}")
 
 
-def moved(folder: Path, *, label: str, whole: bool = False) -> None:
-    """Onto other ranks, or with `whole` onto none; then on as if nothing had happened."""
+def moved(folder: Path, *, label: str, flat: bool, whole: bool = False) -> None:
+    """Onto other ranks, or with `whole` onto none; then on, into another period, as if nothing had happened."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
     name, options = MOVING[label]
-    for flat in (False, True):
-        alone, opt, together, twin = pair(name, **options)
-        if whole:
-            together = odd()
-            twin = PLAIN[name](together, **short_options(PLAIN[name]) | options)
-        for step in range(4):
-            hand_over(alone, together, step)
-            opt.step()
-        with torch.no_grad():
-            for p in together.parameters():
-                p.add_(1)
-        twin.param_groups[0]["lr"] = 5.0
-        state = {"model": get_model_state_dict(together)}
-        dcp.load(state, checkpoint_id=folder / f"{label}-{flat}", no_dist=whole)
-        set_model_state_dict(together, state["model"])
-        optimzoo.load_dcp(together, twin, folder / f"{label}-{flat}")
-        assert_same(alone, opt, together, twin)
-        for step in range(4, 7):
-            hand_over(alone, together, step)
-            opt.step()
-            twin.step()
-        assert_same(alone, opt, together, twin)
+    alone, opt, together, twin = pair(name, **options)
+    if whole:
+        together = odd()
+        twin = PLAIN[name](together, **soon(PLAIN[name]) | options)
+    for step in range(3):
+        hand_over(alone, together, step)
+        opt.step()
+    with torch.no_grad():
+        for p in together.parameters():
+            p.add_(1)
+    twin.param_groups[0]["lr"] = 5.0
+    state = {"model": get_model_state_dict(together)}
+    dcp.load(state, checkpoint_id=folder / f"{label}-{flat}", no_dist=whole)
+    set_model_state_dict(together, state["model"])
+    optimzoo.load_dcp(together, twin, folder / f"{label}-{flat}")
+    assert_same(alone, opt, together, twin)
+    for step in range(3, 5):
+        hand_over(alone, together, step)
+        opt.step()
+        twin.step()
+    assert_same(alone, opt, together, twin)
 
 
 def states_in_and_out(folder: Path, *, label: str) -> None:
     """Shards through a file of each rank; the whole state of one process into shards, and back."""
     name, options = MOVING[label]
     alone, opt, together, twin = pair(name, **options)
-    for step in range(4):
+    for step in range(3):
         hand_over(alone, together, step)
         opt.step()
         twin.step()
@@ -393,7 +388,7 @@ def states_in_and_out(folder: Path, *, label: str) -> None:
     full = StateDictOptions(full_state_dict=True)
     everything = get_optimizer_state_dict(together, twin, options=full)
     for way in ("shards", "whole", "full"):
-        again = PLAIN[name](together, **short_options(PLAIN[name]) | options)
+        again = PLAIN[name](together, **soon(PLAIN[name]) | options)
         if way == "shards":
             again.load_state_dict(torch.load(file, weights_only=True))
         elif way == "whole":
@@ -505,7 +500,6 @@ CASES |= {
 }
 CASES |= {f"{name}-bad": partial(bad_gradients, name=name) for name in PLAIN}
 CASES |= {f"{name}-ddp": partial(same_under_ddp, name=name) for name in ALL}
-CASES |= {f"{name}-engines": partial(engines, name=name) for name in PLAIN}
 CASES |= {"zero": zero_is_no_step, "refusals": refusals, "beside": beside_whole_ones}
 CASES |= {f"{label}-state": partial(states_in_and_out, label=label) for label in MOVING}
 CASES |= {f"{name}-losses-ddp": partial(same_losses, name=name, parallel="ddp") for name in ALL}
@@ -517,7 +511,19 @@ CASES |= {f"evaluation-{how}": partial(evaluation, strategy=how) for how in ("dd
 CASES |= {"cosmos-accelerate": partial(accelerated, name="cosmos", before=0)}
 CASES |= {"adamw-accelerate-late": partial(accelerated, name="adamw", before=2)}
 SAVED = {f"{label}-saved": partial(saved, label=label) for label in MOVING}
-MOVED = {f"{label}-moved": partial(moved, label=label) for label in MOVING}
+# Of the two forms each label has one on four ranks and the other on one, blocks have both; `long` has all of all.
+FLAT = {label: number % 2 == 1 for number, label in enumerate(MOVING)}
+MOVED, MOVED_TO_ONE, MOVED_TO_NONE = (
+    {
+        f"{label}-{word}-{flat}": partial(moved, label=label, flat=flat, whole=word == "none")
+        for label in MOVING
+        for flat in ((False, True) if label == "block" else (FLAT[label] != (word == "one"),))
+    }
+    for word in ("moved", "one", "none")
+)
+EVERY_FORM = {
+    f"{label}-moved-{flat}": partial(moved, label=label, flat=flat) for label in MOVING for flat in (False, True)
+}
 HSDP = {f"{name}-hsdp": partial(replicated_and_sharded, name=name) for name in PLAIN}
 
 
@@ -533,7 +539,15 @@ def test_two_ranks(tmp_path):
 def test_four_ranks_and_the_state_of_two_on_four_and_on_one(tmp_path):
     assert_all(2, SAVED, tmp_path)
     assert_all(4, CORE | MOVED | HSDP, tmp_path)
-    assert_all(1, MOVED | {f"{label}-whole": partial(moved, label=label, whole=True) for label in MOVING}, tmp_path)
+    assert_all(1, MOVED_TO_ONE | MOVED_TO_NONE, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_every_form_of_the_state_of_two_on_others(world, tmp_path):
+    assert_all(2, SAVED, tmp_path)
+    none = {f"{case}-none": partial(found, whole=True) for case, found in EVERY_FORM.items()} if world == 1 else {}
+    assert_all(world, EVERY_FORM | none, tmp_path)
 
 
 @pytest.mark.long
