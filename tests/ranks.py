@@ -59,6 +59,14 @@ def run_together(world: int, cases: dict[str, Case], folder: Path) -> dict[str, 
     return found
 
 
+def every_rank(world: int, work: Callable[..., None], *args: Any) -> None:
+    """Run `work(rank, *args)` in `world` processes, which meet as they like; fails where one of them does."""
+    ranks = [started(work, rank, *args) for rank in range(world)]
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * world
+
+
 def _rank(rank: int, world: int, cases: dict[str, Case], folder: Path, meet: Path) -> None:
     log = folder / f"{world}_{rank}"
     log.mkdir()

@@ -16,6 +16,7 @@ from optimzoo.memory import Workspace
 from optimzoo.optimizers import frugal
 from optimzoo.optimizers.frugal import FRUGAL
 from tests.cases import bare, give_gradients, same, tiny, train, weights
+from tests.ranks import every_rank
 from tests.reference import adamw, lion
 from tests.reference import frugal as reference
 
@@ -367,11 +368,7 @@ def _train_on_rank(rank, file):
 
 
 def test_two_ranks_choose_the_same(tmp_path):
-    other = torch.multiprocessing.get_context("spawn").Process(target=_train_on_rank, args=(1, tmp_path / "meet"))
-    other.start()
-    _train_on_rank(0, tmp_path / "meet")
-    other.join(60)
-    assert other.exitcode == 0
+    every_rank(2, _train_on_rank, tmp_path / "meet")
 
 
 @pytest.mark.parametrize(

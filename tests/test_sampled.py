@@ -20,6 +20,7 @@ from optimzoo.modules.norm_cache import NormCache
 from optimzoo.modules.sampled import SampledLinear, sample_size
 from optimzoo.modules.sampled_matmul import SampledMatmul
 from optimzoo.modules.spectral import SpectralLinear
+from tests.ranks import every_rank
 
 N, DIM_IN, DIM_OUT, DRAWS = 400, 64, 48, 4000
 K = int(0.3 * N)
@@ -698,10 +699,9 @@ def test_sampled_matmul_is_unbiased_and_saves_its_sample():
 # --- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, path: str, results: "torch.multiprocessing.SimpleQueue") -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
     convert(model, SampledLinear)
     cache = NormCache(model, 8)
@@ -714,22 +714,17 @@ def _rank(rank: int, path: str, results: "torch.multiprocessing.SimpleQueue") ->
         model.zero_grad()
         with cache.batch([rank * 4 + i for i in range(4)]):
             parallel(x).square().sum().backward()
-    results.put((rank, picked[0][1].tolist(), model[0].weight.grad.tolist(), cache.norms.float().tolist()))
+    torch.save((picked[0][1], model[0].weight.grad, cache.norms), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
     os._exit(0)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
 
 
 def test_two_ranks_draw_independently_and_agree_on_gradients_and_cache(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = sorted(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    assert found[0][1] != found[1][1], "the same input on both ranks must be sampled independently"
-    assert found[0][2] == found[1][2]
-    assert found[0][3] == found[1][3]
-    assert torch.tensor(found[0][3]).min() > 0, "every rank knows the samples of both"
+    every_rank(2, _rank, str(tmp_path))
+    (indices, grad, norms), (other_indices, other_grad, other_norms) = (
+        torch.load(tmp_path / f"{r}.pt") for r in (0, 1)
+    )
+    assert not torch.equal(indices, other_indices), "the same input on both ranks must be sampled independently"
+    assert torch.equal(grad, other_grad)
+    assert torch.equal(norms, other_norms)
+    assert norms.min() > 0, "every rank knows the samples of both"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +20,7 @@ from optimzoo.modules.delta_file import load_delta, save_delta
 from optimzoo.modules.replacement import convert
 from optimzoo.modules.sparse_delta import SparseDeltaLinear
 from optimzoo.optimizers.sft import SFT
+from tests.ranks import every_rank
 from tests.reference import sm3 as sm3_reference
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -308,10 +308,8 @@ def test_dropped_candidates_that_grow_again_keep_everything() -> None:
     assert all(value[3] == 3 and value[0] != 0 for value in after.values())
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for regrow in ("gradient", "sm3"):
         model = net()
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -328,17 +326,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
     os._exit(0)  # DDP's destructor may wait for a gloo thread that waits for the interpreter
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def test_sft_7_two_ranks_choose_the_same_entries(tmp_path: Path) -> None:
     """Candidates and sums were each rank's own, so the ranks went different ways."""
-    mp.spawn(_rank, args=(str(tmp_path), free_port()), nprocs=2)
+    every_rank(2, _rank, str(tmp_path))
     for regrow in ("gradient", "sm3"):
         one, two = (torch.load(tmp_path / f"{regrow}_{rank}.pt") for rank in range(2))
         assert all(torch.equal(one[k], two[k]) for k in one)

@@ -16,6 +16,7 @@ from optimzoo.modules.replacement import convert, merge
 from optimzoo.modules.spectral import SAMPLINGS, SpectralLinear
 from optimzoo.optimizers.sst import SST
 from tests.cases import loss_of, same, tiny, train, weights
+from tests.ranks import every_rank
 
 LAYERS = ("square", "tall", "wide")
 QUICK = {"resample_every": 4, "warmup": 2, "lr": 1e-2}
@@ -507,7 +508,6 @@ def test_closes_most_of_the_gap_that_lora_leaves_to_full_rank_training() -> None
 
 
 def _rank(rank: int, file: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -534,4 +534,4 @@ def _rank(rank: int, file: str) -> None:
 
 
 def test_two_ranks_stay_bit_identical(tmp_path: object) -> None:
-    torch.multiprocessing.spawn(_rank, args=(f"{tmp_path}/rendezvous",), nprocs=2)
+    every_rank(2, _rank, f"{tmp_path}/rendezvous")
