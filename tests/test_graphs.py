@@ -1,12 +1,14 @@
 """engine="compiled": what graphs do, how many there are, and what happens where nothing can be compiled.
 
-Most use torch's tracer without a code generator ("aot_eager"), which needs no C++ compiler.
+Most use torch's tracer without a code generator, which needs no C++ compiler: "aot_eager" does all that comes before
+one, and takes twice as long as "eager", which runs what was traced.
 """
 
 import os
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -21,19 +23,31 @@ from tests.test_contract import every, plain
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
-    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
+    monkeypatch.setattr(graphs, "BACKEND", "eager")
     monkeypatch.setattr(graphs, "_graphs", type(graphs._graphs)(dict))
     monkeypatch.setattr(graphs, "_failed", False)
     torch._dynamo.reset()
     counters.clear()
 
 
+@pytest.fixture
+def functionalized(monkeypatch, traced):
+    monkeypatch.setattr(graphs, "BACKEND", "aot_eager")
+
+
 def made() -> int:
     return sum(len(functions) for place in graphs._graphs.values() for functions in place.values())
 
 
+def few(dtype: torch.dtype) -> nn.Module:
+    """A tall matrix, a wide one, an embedding and a vector: every shape takes a second to compile, so there are few."""
+    torch.manual_seed(0)
+    tall, wide = nn.Linear(16, 48, dtype=dtype), nn.Linear(48, 16, bias=False, dtype=dtype)
+    return nn.Sequential(OrderedDict(embed=nn.Embedding(11, 16, dtype=dtype), tall=tall, wide=wide))
+
+
 def trained(cls, how, steps=7, **options) -> list[torch.Tensor]:
-    model = tiny(dtype=options.pop("dtype", torch.float32))
+    model = few(options.pop("dtype", torch.float32))
     opt = build(cls, model, lr=1e-2, engine=how, **options)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=5)
     for step in range(steps):
@@ -52,21 +66,21 @@ def trained(cls, how, steps=7, **options) -> list[torch.Tensor]:
     ],
     ids=["narrow-host", "codes-device"],
 )
-def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, rounding, device, monkeypatch):
+def test_a_graph_steps_as_the_eager_engine_does(cls, dtype, state_dtype, rounding, device, functionalized, monkeypatch):
     monkeypatch.setattr(storage, "SMALL", 32)
     if device:  # whether gradients are finite is a tensor, and kernels go other ways
         go_the_devices_way(monkeypatch)
     options = {"dtype": dtype, "state_dtype": state_dtype, "rounding": rounding}
     eager, compiled = (trained(cls, how, **options) for how in ("auto", "compiled"))
-    # Where states are rounded by chance, a last digit may decide which way.
-    near = {"rtol": 1e-5, "atol": 1e-6} if state_dtype is None else {"rtol": 1e-2, "atol": 2e-3}
-    for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b, **near)
+    one, other = (torch.cat([t.flatten() for t in tensors]) for tensors in (eager, compiled))
+    assert torch.isclose(one, other, rtol=1e-5, atol=1e-6).float().mean() > 0.997
+    # Where roundings are by chance, a last digit may decide which way.
+    torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
     assert counters["stats"]["unique_graphs"] == made() > 0
 
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, "int8"])
-def test_a_graph_rounds_with_the_draws_of_the_eager_engine(state_dtype, monkeypatch):
+def test_a_graph_rounds_with_the_draws_of_the_eager_engine(state_dtype, functionalized, monkeypatch):
     """To the bit, where the arithmetic is element by element: another seed would move other elements."""
     monkeypatch.setattr(storage, "SMALL", 32)
     options = {"dtype": torch.bfloat16, "state_dtype": state_dtype, "rounding": "stochastic"}
@@ -85,13 +99,13 @@ def test_no_new_graphs_when_rates_and_steps_move(cls):
 
 
 def test_every_shape_has_a_graph_of_its_own():
-    named = [(f"w{i}", nn.Parameter(torch.zeros(8 + i, 12, dtype=torch.bfloat16))) for i in range(14)]
+    shapes = torch._dynamo.config.recompile_limit + 2  # graphs of one code
+    named = [(f"w{i}", nn.Parameter(torch.zeros(8 + i, 12, dtype=torch.bfloat16))) for i in range(shapes)]
     opt = optimzoo.FRUGAL(named, projection="rows", engine="compiled")
     for step in range(3):
         give_gradients([p for _, p in named], step)
         opt.step()
-    assert made() == 14
-    assert counters["stats"]["unique_graphs"] == 14
+    assert counters["stats"]["unique_graphs"] == made() == shapes
 
 
 def test_what_has_no_graph_steps_eagerly():
@@ -158,7 +172,9 @@ def test_what_cannot_be_compiled_steps_without_and_says_so_once(monkeypatch):
 
 
 SCRIPT = """
-import torch, warnings, optimzoo
+import sys, warnings
+import torch, torch._inductor.config, optimzoo
+from optimzoo.core import graphs
 from torch import nn
 def steps(how):
     p = nn.Parameter(torch.ones(24, 40))
@@ -167,24 +183,31 @@ def steps(how):
         p.grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(step))
         opt.step()
     return p
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    torch.testing.assert_close(steps("compiled"), steps("auto"), rtol=1e-2, atol=1e-5)
-print([str(w.message).split(":")[0] for w in caught if issubclass(w.category, RuntimeWarning)])
+for compiler in (None, *sys.argv[1:]):  # $CXX first
+    if compiler:
+        torch._inductor.config.cpp.cxx = (compiler,)
+        torch._dynamo.reset()
+        graphs._graphs.clear()
+        graphs._failed = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(steps("compiled"), steps("auto"), rtol=1e-2, atol=1e-5)
+    print([str(w.message).split(":")[0] for w in caught if issubclass(w.category, RuntimeWarning)])
 """
 
 
-@pytest.mark.parametrize("compiler", [True, False])
-def test_with_the_real_code_generator_and_without_a_compiler(compiler, tmp_path):
+def test_without_a_compiler_and_with_the_real_code_generator(tmp_path):
+    """Both in one process: most of the time goes into imports and into what both do before a compiler is called."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    if compiler:
-        try:
-            get_cpp_compiler()
-        except RuntimeError as error:
-            pytest.skip(f"no C++ compiler: {error}")
-    surroundings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | ({} if compiler else {"CXX": "/no/such"})
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=surroundings, capture_output=True, text=True, check=True, timeout=300
-    )
-    assert done.stdout.strip() == ("[]" if compiler else "[\"engine='compiled'\"]")
+    try:
+        compilers, reason = [get_cpp_compiler()], ""
+    except RuntimeError as error:
+        compilers, reason = [], f"no C++ compiler: {error}"
+    surroundings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "/no/such"}
+    command = [sys.executable, "-c", SCRIPT, *compilers]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines() == ["[\"engine='compiled'\"]", *("[]" for _ in compilers)]
+    if reason:
+        pytest.skip(reason)
+    assert [*tmp_path.rglob("*.so")], "nothing was generated"
