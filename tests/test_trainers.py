@@ -7,6 +7,7 @@ import runpy
 import shutil
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import optimzoo
+from optimzoo.memory.rehearsal import garbage_of_its_own
 from tests.cases import ALL, converted, loss_of, same, short_options, tiny, weights
 from tests.ranks import started
 
@@ -22,6 +24,13 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "recipes" / "examples").glob("*.p
 every = pytest.mark.parametrize("cls", ALL.values(), ids=ALL.keys())
 MINE = {"learning_rate": 1e-2, "weight_decay": 0.07, "adam_beta1": 0.85, "adam_beta2": 0.97, "adam_epsilon": 1e-5}
 NO_BETAS = "SM3 has no use for adam_beta"
+
+
+@pytest.fixture(autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Trainers collect garbage, a third of a second each time in a process that has imported so much."""
+    with garbage_of_its_own():
+        yield
 
 
 def llama(cls: type, seed: int = 0) -> nn.Module:
