@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import optimzoo
 from optimzoo.core import AdamW, lists, stacks, storage
+from optimzoo.functional import batched
 from optimzoo.functional.batched import batch_is_as_alone
 from optimzoo.functional.polar import quintic_
 from optimzoo.functional.subspace import near_orthonormal, orthonormal
@@ -266,6 +267,23 @@ def test_products_on_a_device_have_aligned_rows(shape, monkeypatch):
     last = -(-shape[-1] // 8) * 8
     assert rows[1::2] == [last] * 5  # the products that make x
     torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_trial_finds_the_same_bits_where_they_must_be(threads, monkeypatch):
+    """Sums of two terms have one order, and products of two bfloat16 numbers are exact."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batched._tried.cache_clear()
+        assert batch_is_as_alone(2, (2, 2), torch.bfloat16, threads)
+        batched._tried.cache_clear()
+        bmm = torch.bmm
+        monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(a, b).nextafter(torch.ones(())))
+        assert not batch_is_as_alone(2, (2, 2), torch.bfloat16, threads)
+    finally:
+        batched._tried.cache_clear()
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", [(128, 2048), (64, 4096), (168, 294), (128, 128), (100, 260)])
