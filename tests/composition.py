@@ -111,7 +111,7 @@ def accumulation(row: Row) -> None:
                 (half(two, step, part) / 2).backward()
                 grads = [p.grad.clone() for p in two.parameters() if p.grad is not None]
                 sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else grads
-                two.zero_grad()
+                two.zero_grad(set_to_none=False)  # None would throw away what SFT's layers gather beside gradients
         if not row.draws:
             half(two, step, slice(0, 4)).backward()
         for p, total in zip([p for p in two.parameters() if p.requires_grad], sums, strict=False):

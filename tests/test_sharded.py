@@ -410,8 +410,6 @@ def same_losses(folder: Path, *, name: str, parallel: str) -> None:
 
     In float64, where that order is too small to turn a sign or a leading vector into another.
     """
-    # torch says so of every nn.Linear with a bias on three dimensions; the model changes nothing in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     options = short_options(ALL[name]) | {"lr": 1e-3}
     if name == "cosmos":

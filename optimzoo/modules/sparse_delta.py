@@ -142,6 +142,7 @@ class SparseDeltaLinear(Replacement):
     def watch(self, candidates: Tensor | None) -> None:
         """Gather sums for `candidates` (c,) in every backward from now on, None to stop.
 
+        A backward that finds the gradient of `values` set to None since the one before starts the sums anew.
         They are chosen in the first backward and written into the tensor; a first element of -1 says that they are not.
         """
         chosen = candidates is not None and has_values(candidates) and bool(candidates[0] >= 0)
