@@ -461,7 +461,7 @@ def accelerated(folder: Path, *, name: str, before: int) -> None:
 
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "FSDP_VERSION": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.FSDP  # which it does by itself on accelerators only
