@@ -72,7 +72,7 @@ def list_optimizers(as_json: Json = False) -> None:
     table = Table("name", "paper")
     table.add_column("bytes a weight", justify="right")
     for row in rows:
-        table.add_row(row["name"], row["paper"], f"{row['bytes_per_weight']:.2f}")
+        table.add_row(row["name"], row["paper"], f"{row['bytes_per_weight']:.3g}")
     out.print(table)
     layers = [f"{row['name']} in a {row['layer']}" for row in rows if row["layer"]]
     out.print(", ".join(layers), highlight=False)

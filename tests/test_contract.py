@@ -19,6 +19,7 @@ from optimzoo.memory import KINDS, Workspace
 from tests.cases import (
     ALL,
     PLAIN,
+    SHORT,
     bare,
     build,
     direct,
@@ -143,6 +144,13 @@ def test_options_of_a_group_are_checked_when_they_are_changed(cls):
     opt.param_groups[0]["weight_decay"] = -1.0
     with pytest.raises(ValueError, match=r"weight_decay=-1.0"):
         opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.0
+    for name in SHORT.keys() & {name for name, option in cls.options.items() if option.ge == 1}:  # a period, say
+        before, opt.param_groups[0][name] = opt.param_groups[0][name], 0
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            opt.step()
+        opt.param_groups[0][name] = before
+    opt.step()
 
 
 @plain

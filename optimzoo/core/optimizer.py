@@ -173,7 +173,7 @@ class ZooOptimizer(torch.optim.Optimizer):
         """Look at the groups once, before they are taken: refuse or warn."""
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Refuse options of a group that do not go together. Called with all of them, before the group is taken."""
+        """Refuse options of a group that do not go together: before it is taken, and when they have changed."""
 
     def admit_state(self, values: dict[Tensor, dict[str, Tensor]]) -> None:
         """Called with the state of a checkpoint before any of it is written; raises to refuse it."""
@@ -365,16 +365,18 @@ class ZooOptimizer(torch.optim.Optimizer):
         for index in range(len(self.param_groups), len(self._plans)):
             del self._plans[index]
         for index, group in enumerate(self.param_groups):
+            known, options = self._plans.get(index), self._options(group)
+            if known is not None and known[0][0] != options:  # new ones were checked when they were given
+                group |= self.checked({name: group[name] for name in self.options if name != "lr"})
+                self.check_group(group)
+                options = self._options(group)
             token = (
-                tuple(hashable(group[name]) for name in self.options if name != "lr"),
+                options,
                 tuple((id(p), p.dtype, p.device, p.shape, p.requires_grad) for p in group["params"]),
                 self.period(group),
             )
-            known = self._plans.get(index)
             if known is not None and known[0] == token and all(m.p in self.state for m in known[1]):
                 continue
-            group |= self.checked({name: group[name] for name in self.options if name != "lr"})
-            self.check_group(group)
             if capturing():
                 raise RuntimeError(
                     f"{type(self).__name__}: this step is being captured in a CUDA graph, and parameters or options "
@@ -392,6 +394,10 @@ class ZooOptimizer(torch.optim.Optimizer):
             changed = True
         if changed or len(self.state) != sum(len(plan) for _, plan in self._plans.values()):
             self._settle()
+
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What routes and slots depend on; the rate is none of it, and would be read from a device."""
+        return tuple(hashable(group[name]) for name in self.options if name != "lr")
 
     def _left(self, before: list[Member]) -> dict[tuple[str, torch.Size], dict[str, Tensor]]:
         """State of parameters that are in no group any more, for those that FSDP has put in their places."""

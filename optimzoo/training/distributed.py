@@ -81,10 +81,9 @@ class Ranks:
         """What is called in place of the model; under fsdp2 the model itself, with sharded parameters."""
         if self.strategy == "ddp":
             known = inspect.signature(DistributedDataParallel).parameters
-            name = (
-                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            )  # before torch 2.13
-            unsent: dict[str, Any] = {name: False}  # all have built the same ones
+            # The second is its name before torch 2.13. All have built the same buffers.
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            unsent: dict[str, Any] = {name: False}
             return DistributedDataParallel(model, **unsent)
         if self.strategy == "fsdp2":
             from torch.distributed.fsdp import fully_shard
